@@ -1,0 +1,1 @@
+"""Language models whose bit-width is a value of their config."""

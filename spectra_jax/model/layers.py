@@ -1,0 +1,74 @@
+"""The parts of a block: Linear, RMSNorm and rotary embeddings."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from spectra_jax.sharding import Rules
+from spectra_jax.weights.frozen import Frozen, matmul
+from spectra_jax.weights.rule import Rule, Shards, Statistics
+
+
+class Linear(nnx.Module):
+    """A matrix (in, out) without bias: latent under a weight rule, or frozen; which one is in the parameters."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        dims: tuple[str, str],
+        rule: Rule,
+        shards: Shards,
+        rules: Rules,
+        *,
+        std: float,
+        rngs: nnx.Rngs,
+    ):
+        """`dims` are the logical dims of `shape`; the latent weight starts normal with deviation `std`."""
+        self.rule, self.shards = rule, shards
+        init = jax.nn.initializers.normal(std)
+        self.w = nnx.Param(init(rngs.params(), shape, jnp.float32, out_sharding=rules(*dims)))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T m"],
+        out_sharding: PartitionSpec | None,
+        statistics: Statistics | None,
+    ) -> Float[Array, "B T n"]:
+        """x times the effective matrix. `statistics` are those of a latent weight whose rule has scales."""
+        w = self.w.get_value()
+        if not isinstance(w, Frozen):
+            w = self.rule.effective(w, statistics, self.shards)
+        return matmul(self.rule.activation(x), w, out_sharding)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * gain, statistics in float32, no bias."""
+
+    def __init__(self, D: int, eps: float):
+        self.eps = eps
+        self.gain = nnx.Param(jnp.ones((D,), jnp.float32))
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Same shape and dtype as x."""
+        x32 = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * scale * self.gain[...][None, None]).astype(x.dtype)
+
+
+def rotary_tables(T: int, H: int, base: float) -> tuple[Float[Array, "T h"], Float[Array, "T h"]]:
+    """Cosine and sine of position times frequency for each of the H/2 pairs (RoFormer, arXiv 2104.09864)."""
+    frequency = base ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+    angle = jnp.arange(T, dtype=jnp.float32)[:, None] * frequency[None]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(
+    x: Float[Array, "B T N H"], tables: tuple[Float[Array, "T h"], Float[Array, "T h"]]
+) -> Float[Array, "B T N H"]:
+    """Rotary embedding in the Llama convention of Hugging Face: dim i is paired with dim i + H/2."""
+    cos, sin = (t[None, :, None, :] for t in tables)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)

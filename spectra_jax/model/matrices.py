@@ -1,0 +1,54 @@
+"""The matrices of a block that a weight rule applies to, and their scales, for all layers at once.
+
+Scales are taken from the stacked matrices before the scan over layers: once per step, on the shards, not again in
+the backward pass, and by the same expression that freezing uses, so that both forwards give the same bits.
+"""
+
+from collections.abc import Mapping
+
+import jax
+from jaxtyping import Array
+
+from spectra_jax.schema import Model
+from spectra_jax.weights import get_rule
+from spectra_jax.weights.frozen import Frozen
+from spectra_jax.weights.rule import Shards, Statistics
+
+# Module and name, with the axis that model-parallel shards cut (0: in, 1: out).
+MATRICES = {
+    ("attention", "q"): 1, ("attention", "k"): 1, ("attention", "v"): 1, ("attention", "o"): 0,
+    ("mlp", "gate"): 1, ("mlp", "up"): 1, ("mlp", "down"): 0,
+}
+
+Key = tuple[str, str]
+
+
+def shards_of(m: Model, key: Key) -> Shards:
+    """How the matrix of this kind is cut for its scales."""
+    return Shards(m.scale_shards, MATRICES[key])
+
+
+def stacked_statistics(m: Model, ws: Mapping[Key, Array | Frozen]) -> dict[Key, Statistics | None]:
+    """Statistics of every kind of matrix, stacked over layers: leaves (L, S).
+
+    None where there is nothing to take: a rule without scales, or a frozen weight that holds them already.
+
+    Args:
+      ws: the stacked matrices (L, in, out) of every kind in `MATRICES`.
+    """
+    rule = get_rule(m.weight)
+    if not rule.quantized:
+        return dict.fromkeys(MATRICES)
+
+    def take(*keys: Key) -> Statistics | None:
+        group = [ws[key] for key in keys]
+        if any(isinstance(w, Frozen) for w in group):
+            return None
+        group = jax.lax.stop_gradient(group)
+        return jax.vmap(lambda *w: rule.statistics(w, shards_of(m, keys[0])))(*group)
+
+    found = {key: take(key) for key in MATRICES}
+    if m.share_qkv_scale:
+        qkv = [("attention", name) for name in "qkv"]
+        found |= dict.fromkeys(qkv, take(*qkv))
+    return found

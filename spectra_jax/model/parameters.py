@@ -1,0 +1,59 @@
+"""A model as (graphdef, parameters): a static description and a plain dict of arrays.
+
+Training, checkpoints, optimizers and quantizers see only the dict; `nnx.merge(graphdef, parameters)` is the model.
+"""
+
+from functools import partial
+
+import jax
+from flax import nnx
+from jaxtyping import Array, PyTree
+
+from spectra_jax.model.matrices import MATRICES, Key, shards_of, stacked_statistics
+from spectra_jax.model.transformer import Transformer
+from spectra_jax.schema import Model
+from spectra_jax.sharding import Rules
+from spectra_jax.suite import Parameters, count_parameters
+from spectra_jax.weights import get_rule
+from spectra_jax.weights.frozen import Frozen
+
+
+def graphdef_of(m: Model, rules: Rules = Rules()) -> nnx.GraphDef:
+    """The static half of the model, without making any array."""
+    return nnx.graphdef(jax.eval_shape(lambda key: Transformer(m, rules, rngs=nnx.Rngs(key)), jax.random.key(0)))
+
+
+def init_parameters(m: Model, key: Array, rules: Rules = Rules()) -> dict:
+    """Random parameters as a nested dict of float32 arrays; call it under jit, so that shards are born in place."""
+    return nnx.to_pure_dict(nnx.state(Transformer(m, rules, rngs=nnx.Rngs(key)), nnx.Param))
+
+
+def apply(graphdef: nnx.GraphDef, parameters: PyTree) -> Transformer:
+    """The model with these parameters, latent or frozen."""
+    return nnx.merge(graphdef, parameters)
+
+
+def count(m: Model) -> Parameters:
+    """Parameters of a model by kind."""
+    return count_parameters(
+        D=m.D, F=m.F, N=m.N, K=m.K, H=m.H, L=m.L, V=m.V,
+        tied=m.tie_embeddings, block_norms=not get_rule(m.weight).normalises_input,
+    )
+
+
+def block_matrices(parameters: dict) -> dict[Key, Array | Frozen]:
+    """The stacked matrices (L, in, out) of every kind, latent or frozen."""
+    return {(module, name): parameters["blocks"][module][name]["w"] for module, name in MATRICES}
+
+
+def freeze(m: Model, parameters: dict) -> dict:
+    """The parameters with every block matrix in its stored form; the same graphdef runs them."""
+    rule, ws = get_rule(m.weight), block_matrices(parameters)
+    statistics = stacked_statistics(m, ws)
+    blocks = {name: dict(node) for name, node in parameters["blocks"].items()}
+    for key, w in ws.items():
+        module, name = key
+        if rule.quantized:
+            w = jax.vmap(partial(rule.freeze, shards=shards_of(m, key)))(w, statistics[key])
+        blocks[module][name] = {"w": w}
+    return {**parameters, "blocks": blocks}

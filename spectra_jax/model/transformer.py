@@ -1,0 +1,163 @@
+"""The one transformer: float, ternary, binary or BitNet, latent or frozen, in training and in evaluation.
+
+Llama-shaped (Spectra, section 3.1): RMSNorm with gain, rotary embeddings, SwiGLU, no biases, untied embeddings by
+default. Blocks are stacked along a leading axis L and run under `lax.scan`.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from spectra_jax.errors import UserError
+from spectra_jax.model.attention import get_attention
+from spectra_jax.model.layers import Linear, RMSNorm, rotary_tables, rotate
+from spectra_jax.model.matrices import MATRICES, Key, shards_of, stacked_statistics
+from spectra_jax.schema import Model
+from spectra_jax.sharding import Rules, gathered
+from spectra_jax.weights import get_rule
+from spectra_jax.weights.rule import Statistics
+
+Scales = dict[Key, Statistics | None]
+
+# What the backward pass finds stored, by name: everything, matrix products only, or block inputs only.
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+def compute_dtype(model: Model) -> jnp.dtype:
+    """The dtype of activations: as configured, or bfloat16 where the default device is fast at it."""
+    if model.compute_dtype == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(model.compute_dtype)
+
+
+class Attention(nnx.Module):
+    """q, k, v projections, rotary embedding, causal attention, output projection."""
+
+    def __init__(self, m: Model, rules: Rules, *, rngs: nnx.Rngs):
+        self.m, self.rules = m, rules
+        make = partial(Linear, rule=get_rule(m.weight), rules=rules, rngs=rngs)
+        self.q = make((m.D, m.N * m.H), ("embed", "heads"), shards=shards_of(m, ("attention", "q")), std=m.init_std)
+        self.k = make((m.D, m.K * m.H), ("embed", "heads"), shards=shards_of(m, ("attention", "k")), std=m.init_std)
+        self.v = make((m.D, m.K * m.H), ("embed", "heads"), shards=shards_of(m, ("attention", "v")), std=m.init_std)
+        self.o = make((m.N * m.H, m.D), ("heads", "embed"), shards=shards_of(m, ("attention", "o")), std=residual_std(m))
+
+    def __call__(self, x: Float[Array, "B T D"], tables: tuple, scales: Scales) -> Float[Array, "B T D"]:
+        """What attention adds to the residual stream."""
+        m, (B, T, _) = self.m, x.shape
+        out = self.rules("batch", "time", "heads")
+        q = self.q(x, out, scales["attention", "q"]).reshape(B, T, m.N, m.H)
+        k = self.k(x, out, scales["attention", "k"]).reshape(B, T, m.K, m.H)
+        v = self.v(x, out, scales["attention", "v"]).reshape(B, T, m.K, m.H)
+        mixed = get_attention(m.attention)(
+            rotate(q, tables), rotate(k, tables), v, blocks=m.attention_blocks
+        )
+        out = self.rules("batch", "time", "act")
+        return self.o(mixed.reshape(B, T, m.N * m.H), out, scales["attention", "o"])
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate x) * (up x))."""
+
+    def __init__(self, m: Model, rules: Rules, *, rngs: nnx.Rngs):
+        self.rules = rules
+        make = partial(Linear, rule=get_rule(m.weight), rules=rules, rngs=rngs)
+        self.gate = make((m.D, m.F), ("embed", "ffn"), shards=shards_of(m, ("mlp", "gate")), std=m.init_std)
+        self.up = make((m.D, m.F), ("embed", "ffn"), shards=shards_of(m, ("mlp", "up")), std=m.init_std)
+        self.down = make((m.F, m.D), ("ffn", "embed"), shards=shards_of(m, ("mlp", "down")), std=residual_std(m))
+
+    def __call__(self, x: Float[Array, "B T D"], scales: Scales) -> Float[Array, "B T D"]:
+        """What the MLP adds to the residual stream."""
+        out = self.rules("batch", "time", "ffn")
+        gate = self.gate(x, out, scales["mlp", "gate"])
+        hidden = jax.nn.silu(gate) * self.up(x, out, scales["mlp", "up"])
+        return self.down(hidden, self.rules("batch", "time", "act"), scales["mlp", "down"])
+
+
+def residual_std(m: Model) -> float:
+    """Initial deviation of the matrices that write to the residual stream."""
+    return m.init_std / (2 * m.L) ** 0.5 if m.init_residual_scaling else m.init_std
+
+
+class Block(nnx.Module):
+    """x + attention(norm x), then x + mlp(norm x); a rule that normalises its own input drops the norms."""
+
+    def __init__(self, m: Model, rules: Rules, *, rngs: nnx.Rngs):
+        normless = get_rule(m.weight).normalises_input
+        self.attention_norm = None if normless else RMSNorm(m.D, m.norm_eps)
+        self.mlp_norm = None if normless else RMSNorm(m.D, m.norm_eps)
+        self.attention = Attention(m, rules, rngs=rngs)
+        self.mlp = MLP(m, rules, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], tables: tuple, scales: Scales) -> Float[Array, "B T D"]:
+        """The residual stream after the block."""
+        x = x + self.attention(self.attention_norm(x) if self.attention_norm else x, tables, scales)
+        return x + self.mlp(self.mlp_norm(x) if self.mlp_norm else x, scales)
+
+
+class Transformer(nnx.Module):
+    """Tokens to the last hidden states, or on to logits."""
+
+    def __init__(self, m: Model, rules: Rules = Rules(), *, rngs: nnx.Rngs):
+        """Builds with random weights; under a mesh every parameter is born with its sharding.
+
+        Raises:
+          UserError: an unknown weight rule, attention or remat policy.
+        """
+        if m.remat not in REMAT:
+            raise UserError(f"config.model.remat={m.remat!r} is not one of {', '.join(REMAT)}")
+        get_attention(m.attention)
+        self.m, self.rules = m, rules
+        init = jax.nn.initializers.normal(m.init_std)
+        self.embedding = nnx.Param(
+            init(rngs.params(), (m.V, m.D), jnp.float32, out_sharding=rules("vocab", "embed"))
+        )
+        self.blocks = jax.vmap(lambda r: Block(m, rules, rngs=r))(rngs.split(m.L))
+        self.norm = RMSNorm(m.D, m.norm_eps)
+        if not m.tie_embeddings:
+            self.head = nnx.Param(
+                init(rngs.params(), (m.D, m.V), jnp.float32, out_sharding=rules("embed", "vocab"))
+            )
+
+    def hidden(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The normalised states from which the head predicts, in the compute dtype."""
+        m = self.m
+        act = self.rules("batch", "time", "act")
+        # Rows are looked up in the table gathered over D: a lookup in a table sharded by D would move activations.
+        embedding = gathered(self.embedding[...].astype(compute_dtype(m)), self.rules("vocab", None))
+        x = embedding.at[tokens].get(out_sharding=act)
+        tables = rotary_tables(tokens.shape[1], m.H, m.rope_base)
+
+        def block(x: Array, layer: tuple[Block, Scales]) -> tuple[Array, None]:
+            module, scales = layer
+            return module(x, tables, scales), None
+
+        if m.remat != "none":
+            block = jax.checkpoint(block, policy=REMAT[m.remat], prevent_cse=False)
+        x, _ = jax.lax.scan(block, x, (self.blocks, self.scales()), unroll=min(m.unroll, m.L))
+        return self.norm(x)
+
+    def scales(self) -> Scales:
+        """Statistics of every latent matrix, stacked over layers."""
+        ws = {(module, name): getattr(getattr(self.blocks, module), name).w for module, name in MATRICES}
+        return stacked_statistics(self.m, {key: w.get_value() for key, w in ws.items()})
+
+    def head_matrix(self) -> Float[Array, "D V"]:
+        """The matrix that turns hidden states into logits."""
+        return self.embedding[...].T if self.m.tie_embeddings else self.head[...]
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Logits of the next token at every position, in float32."""
+        hidden = self.hidden(tokens)
+        return jnp.einsum(
+            "btd,dv->btv",
+            hidden,
+            self.head_matrix().astype(hidden.dtype),
+            preferred_element_type=jnp.float32,
+            out_sharding=self.rules("batch", "time", "vocab"),
+        )

@@ -1,0 +1,150 @@
+"""`spectra quickstart`: the main job in minutes on a CPU, on text that comes with the package.
+
+Tokenizes the shipped corpus with a small BPE of its own, trains a FloatLM and a TriLM of one shape on the same
+batches, evaluates both on held-out text, draws what happened and lets both complete a prompt.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+
+from spectra_jax import config as configs
+from spectra_jax import suite
+from spectra_jax.analysis.plots import bits_versus_loss, plot_runs, weight_histograms
+from spectra_jax.data import corpus
+from spectra_jax.data.prepare import prepare
+from spectra_jax.errors import UserError
+from spectra_jax.evaluate.report import evaluate_sets
+from spectra_jax.model.matrices import shards_of, stacked_statistics
+from spectra_jax.model.parameters import block_matrices, count
+from spectra_jax.progress import human
+from spectra_jax.serve.generate import complete
+from spectra_jax.serve.load import Loaded, load
+from spectra_jax.train.loop import train
+from spectra_jax.weights import get_rule
+
+# Chosen for what minutes on two cores can learn: 4096 entries spell common words whole, so that even an early model
+# writes words and not syllables, and still leave half of the parameters to the blocks; 256 tokens hold a paragraph.
+VOCABULARY = 4096
+CONTEXT = 256
+PROMPTS = ("The people of the United States", "It was a truth well known to the whole family that")
+FAMILIES = {"FloatLM": "float", "TriLM": "ternary", "BiLM": "binary", "BitNet": "bitnet158"}
+
+
+def get_config(family: str = "TriLM") -> ml_collections.ConfigDict:
+    """The quickstart's config of one family: one shape and the same batches for all.
+
+    Raises:
+      UserError: an unknown family.
+    """
+    if family not in FAMILIES:
+        raise UserError(f"no family {family!r}; the quickstart has {', '.join(FAMILIES)}")
+    c = configs.default()
+    c.family, c.name = family, f"quickstart-{family.lower()}"
+    c.model.update(V=VOCABULARY, D=192, F=512, L=4, N=3, K=3, H=64, weight=FAMILIES[family], unroll=4)
+    c.model.attention_blocks = 2
+    c.data.update(sets=("runs/quickstart/data",), T=CONTEXT, batch=8)
+    c.train.steps = 320
+    c.train.loss_chunks = 2
+    c.schedule.warmup = 20.0
+    # Peaks in the ratio of the suite's: ternary models like a far higher rate.
+    c.schedule.update(shape="cosine", peak=2e-3, final=0.1)
+    if family != "FloatLM":
+        c.schedule.update(shape="linear", peak=6e-3, lower_peak=True, lowered_peak=4e-3, remove_decay=True, final=0.0)
+    c.checkpoint.update(every_steps=250, permanent_tokens=0)
+    c.evaluate.update(every_steps=100, batches=8)
+    c.metrics.update(every_steps=5, weights_every_steps=50)
+    return c
+
+
+def run(workdir: Path | str) -> list[dict]:
+    """Everything, into `workdir`; what is there already is not done again.
+
+    Returns:
+      One row per model, as in `results.json`.
+
+    Raises:
+      UserError: the folder cannot be written or holds something else.
+    """
+    workdir = Path(workdir)
+    data = workdir / "data"
+    print("1. preparing the shipped corpus (public domain; sources in spectra_jax/data/corpus/README.md)", flush=True)
+    prepare(
+        [corpus.path()], data, tokenizer=f"train:{VOCABULARY}", T=CONTEXT, licence="public domain",
+        part_bytes=4 << 20, train_bytes=8 << 20,
+    )
+    runs = []
+    for number, family in enumerate(("FloatLM", "TriLM"), 2):
+        print(f"{number}. training {family}", flush=True)
+        train(configs.override(configs.from_config_dict(get_config(family)), [f"data.sets={data}"]), workdir / family)
+        runs.append(workdir / family)
+    print("4. comparing on held-out text", flush=True)
+    plot_runs(runs, workdir / "loss.png")
+    device = jax.devices()[:1]
+    rows = [compare_row(load(str(folder), devices=device), data) for folder in runs]
+    bits_versus_loss(rows, workdir / "bits_versus_loss.png")
+    latent = [load(str(folder), latent=True, devices=device) for folder in runs]
+    draw_weights(*latent, workdir / "weights.png")
+    (workdir / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    print(report(rows, workdir))
+    return rows
+
+
+def compare_row(model: Loaded, data: Path) -> dict:
+    """Quality, size and completions of one model."""
+    quality = evaluate_sets(model, [str(data)])[str(data)]
+    parameters, family = count(model.config.model), model.config.family
+    return {
+        "name": family,
+        "family": family,
+        "parameters": parameters.total,
+        "bits": suite.size_in_bits(parameters, get_rule(model.config.model.weight).paper_bits),
+        "loss": quality.loss,
+        "loss_se": quality.loss_error,
+        "perplexity": quality.perplexity,
+        "bits_per_byte": quality.bits_per_byte,
+        "bits_per_byte_se": quality.bits_per_byte_error,
+        "completions": [complete(model, prompt, new_tokens=48) for prompt in PROMPTS],
+    }
+
+
+def draw_weights(flt: Loaded, tri: Loaded, path: Path) -> None:
+    """Latent and ternary weights of one kind of matrix, beside the float model's."""
+    key, m = ("mlp", "up"), tri.config.model
+    ws, rule = block_matrices(tri.parameters), get_rule(m.weight)
+    shards = shards_of(m, key)
+    with jax.set_mesh(tri.mesh):
+        codes = jax.vmap(lambda w, s: rule.codes(w, s, shards))(ws[key], stacked_statistics(m, ws)[key])
+    latent = {
+        "TriLM up": np.asarray(ws[key]),
+        "FloatLM up": np.asarray(block_matrices(flt.parameters)[key]),
+    }
+    weight_histograms(latent, {"TriLM up": np.asarray(codes), "FloatLM up": None}, path)
+
+
+def report(rows: list[dict], workdir: Path) -> str:
+    """The table, the completions and where the pictures are."""
+    lines = [
+        "",
+        f"{'model':<9} {'parameters':>11} {'paper bits':>11} {'loss':>17} {'perplexity':>11} {'bits/byte':>17}",
+    ]
+    for r in rows:
+        lines.append(
+            f"{r['name']:<9} {r['parameters']:>11,} {human(r['bits']):>11} "
+            f"{r['loss']:>8.4f} +- {r['loss_se']:.4f} {r['perplexity']:>11.2f} "
+            f"{r['bits_per_byte']:>8.4f} +- {r['bits_per_byte_se']:.4f}"
+        )
+    lines.append("paper bits: block weights at 16 or 1.58 bits, embeddings at 16, as in the Spectra paper's Table 4")
+    for r in rows:
+        lines += ["", f"{r['name']} writes:"] + [f"  {text}" for text in r["completions"]]
+    pictures = ("loss.png", "bits_versus_loss.png", "weights.png")
+    return "\n".join([*lines, "", "pictures: " + ", ".join(str(workdir / name) for name in pictures)])
+
+
+if __name__ == "__main__":
+    from spectra_jax.cli import main
+
+    main("quickstart")

@@ -1,0 +1,241 @@
+"""What a run is: frozen dataclasses with every setting, the numbers derived from them, and the rules they obey.
+
+A value that the papers do not state has a comment that says so: it is an assumption of ours, open to change.
+"""
+
+import difflib
+from dataclasses import dataclass, field
+
+from spectra_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Model:
+    """Shape of the transformer and how its matrices are represented (letters as in the README)."""
+
+    V: int = 50304  # rows of the embedding; may exceed the tokenizer's ids (padding)
+    D: int = 512
+    F: int = 1280
+    L: int = 16
+    N: int = 8  # query heads
+    K: int = 8  # key-value heads; N/K queries share one
+    H: int = 64
+    weight: str = "float"  # the weight rule of the block matrices: float, ternary, binary, bitnet158
+    scale_shards: int = 1  # scales per matrix, one per model-parallel shard of the original run
+    # The released code fuses q, k and v, so their scale was probably shared; the paper does not say.
+    share_qkv_scale: bool = False
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    init_std: float = 0.02  # not stated in the paper; the field's usual value
+    # GPT-2's 1/sqrt(2L) on the matrices that write to the residual stream; not stated in the paper
+    init_residual_scaling: bool = True
+    compute_dtype: str = "auto"  # bfloat16 on accelerators, float32 on CPU, where bfloat16 is slower
+    attention: str = "causal_blocks"  # or "reference"
+    attention_blocks: int = 4  # key blocks above the diagonal are not computed
+    remat: str = "none"  # none, dots (keep matrix products), full (keep block inputs only)
+    unroll: int = 1  # blocks per iteration of the scan over layers; L unrolls it whole
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which tokens. `sets` are prepared folders, each optionally with a weight: ("web=3", "books=1")."""
+
+    sets: tuple[str, ...] = ()
+    T: int = 2048  # tokens per sequence
+    batch: int = 512  # sequences per step over all devices
+    read_threads: int = 4
+
+
+@dataclass(frozen=True)
+class Train:
+    """How long, and what happens when a step goes wrong."""
+
+    tokens: int = 300_000_000_000
+    steps: int = 0  # when positive, overrides `tokens`
+    accumulate: int = 1  # microbatches per step
+    loss_chunks: int = 8  # the vocabulary-sized logits exist for one chunk of the sequence at a time
+    max_skipped: int = 20  # non-finite steps in a row before the run is given up
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW. Betas are the paper's (A.2); the rest is not stated there and holds the field's usual values."""
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip: float = 1.0  # global gradient norm
+    weight_decay: float = 0.1
+    # Parameters whose path contains one of these are not decayed (not stated in the paper).
+    no_decay: tuple[str, ...] = ("norm",)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate and weight decay over training; fractions are of all steps."""
+
+    shape: str = "cosine"  # cosine or linear
+    peak: float = 4e-4
+    warmup: float = 0.01  # a fraction of all steps below 1, a number of steps from 1 up; not stated
+    final: float = 0.0  # of the peak, at the last step; not stated
+    # The two interventions of section 3.3, each of which an ablation can switch off.
+    lower_peak: bool = False
+    lowered_peak: float = 4e-4
+    lower_at: float = 0.5
+    lowering: str = "jump"  # or "continuous": two straight segments that meet at `lower_at`
+    remove_decay: bool = False
+    remove_at: float = 2 / 3
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices per axis: replicas across slices, fully sharded data parallel, tensor parallel. -1: the rest."""
+
+    slice: int = 1
+    data: int = -1
+    model: int = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When the state is saved. Rolling ones are for resuming, permanent ones are kept."""
+
+    every_steps: int = 1000
+    keep: int = 2
+    permanent_tokens: int = 10_000_000_000  # one kept for good per so many tokens; 0 for none
+    permanent_final: bool = True
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Validation during training, on the validation split of the training sets (never a function of the seed)."""
+
+    every_steps: int = 1000
+    batches: int = 20  # 0 for the whole split
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What is written down, and how often."""
+
+    every_steps: int = 10
+    weights_every_steps: int = 100  # zeros, flips and scales of quantized matrices; 0 for never
+    tensorboard: bool = False
+    wandb: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run."""
+
+    family: str = "FloatLM"
+    name: str = "run"
+    seed: int = 0
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    mesh: Mesh = field(default_factory=Mesh)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    metrics: Metrics = field(default_factory=Metrics)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in the global batch."""
+        return self.data.batch * self.data.T
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.train.steps or -(-self.train.tokens // self.tokens_per_step)
+
+    @property
+    def permanent_steps(self) -> tuple[int, ...]:
+        """Steps whose checkpoints are kept: the first at or past each multiple of `permanent_tokens`."""
+        every = self.checkpoint.permanent_tokens
+        total = self.steps * self.tokens_per_step
+        marks = range(every, total + 1, every) if every else ()
+        steps = {-(-mark // self.tokens_per_step) for mark in marks}
+        return tuple(sorted(steps | ({self.steps} if self.checkpoint.permanent_final else set())))
+
+    @property
+    def mixture(self) -> tuple[tuple[str, float], ...]:
+        """The prepared sets with their weights."""
+        return tuple(_parse_set(text) for text in self.data.sets)
+
+
+def _parse_set(text: str) -> tuple[str, float]:
+    path, equals, weight = text.rpartition("=")
+    if not equals:
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        raise UserError(
+            f"config.data.sets: {text!r} is not PATH or PATH=WEIGHT; {weight!r} is not a number"
+        ) from None
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _one_of(value: str, allowed: tuple[str, ...], key: str) -> None:
+    near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    _require(value in allowed, f"config.{key}={value!r} is not one of {', '.join(allowed)}{hint}")
+
+
+def check(config: Config) -> Config:
+    """Returns `config` if every rule that needs no devices holds.
+
+    Raises:
+      UserError: with the numbers, the rule and a value that would do.
+    """
+    m, d, t, s = config.model, config.data, config.train, config.schedule
+    for section, names in (
+        ("model", ("V", "D", "F", "L", "N", "K", "H", "scale_shards", "attention_blocks", "unroll")),
+        ("data", ("T", "batch", "read_threads")),
+        ("train", ("accumulate", "loss_chunks", "max_skipped")),
+        ("checkpoint", ("every_steps", "keep")),
+        ("metrics", ("every_steps",)),
+    ):
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            _require(value >= 1, f"config.{section}.{name}={value} must be at least 1")
+    _one_of(m.compute_dtype, ("auto", "float32", "bfloat16"), "model.compute_dtype")
+    _one_of(s.shape, ("cosine", "linear"), "schedule.shape")
+    _one_of(s.lowering, ("jump", "continuous"), "schedule.lowering")
+    _require(m.H % 2 == 0, f"config.model.H={m.H} must be even: rotary embeddings turn pairs of dimensions")
+    _require(m.N % m.K == 0, f"config.model.N={m.N} is not divisible by config.model.K={m.K} (query heads per kv head)")
+    for name, size in (("F", m.F), ("N*H", m.N * m.H), ("K*H", m.K * m.H)):
+        _require(
+            size % m.scale_shards == 0,
+            f"{name}={size} is not divisible by config.model.scale_shards={m.scale_shards}; a shard is a whole "
+            f"number of rows or columns: use {_nearest_divisor(size, m.scale_shards)}",
+        )
+    _require(
+        d.batch % t.accumulate == 0,
+        f"config.data.batch={d.batch} is not divisible by config.train.accumulate={t.accumulate}; "
+        f"use {_nearest_divisor(d.batch, t.accumulate)} microbatches",
+    )
+    _require(t.loss_chunks <= d.T, f"config.train.loss_chunks={t.loss_chunks} is more than config.data.T={d.T} tokens")
+    _require(t.steps >= 0 and t.tokens >= 1, f"config.train.steps={t.steps}, tokens={t.tokens}: nothing to train")
+    _require(s.peak > 0, f"config.schedule.peak={s.peak} must be positive")
+    _require(0 <= s.final <= 1, f"config.schedule.final={s.final} is a fraction of the peak: between 0 and 1")
+    _require(s.warmup >= 0, f"config.schedule.warmup={s.warmup} must not be negative")
+    for name in ("lower_at", "remove_at"):
+        value = getattr(s, name)
+        _require(0 < value < 1, f"config.schedule.{name}={value} is a fraction of all steps: between 0 and 1")
+    for text in d.sets:
+        _require(_parse_set(text)[1] > 0, f"config.data.sets: the weight in {text!r} must be positive")
+    return config
+
+
+def _nearest_divisor(size: int, wanted: int) -> int:
+    """The divisor of `size` nearest to `wanted`."""
+    return min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: abs(n - wanted))

@@ -1,0 +1,83 @@
+"""A checkpoint of any family, ready to run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import PyTree
+
+from spectra_jax.checkpoint import Checkpoints, abstract
+from spectra_jax.data import tokenizer as tokenizers
+from spectra_jax.data.tokenizer import Tokenizer
+from spectra_jax.errors import UserError
+from spectra_jax.model.parameters import freeze, graphdef_of, init_parameters
+from spectra_jax.schema import Config, Mesh
+from spectra_jax.sharding import make_mesh
+from spectra_jax.train.workdir import read_config
+
+
+EVALUATION_BATCH = 8  # sequences per device: enough to be quick, small enough for any machine
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with what is needed to run it. `parameters` hold frozen weights where the rule has codes."""
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    graphdef: nnx.GraphDef
+    parameters: PyTree
+    tokenizer: Tokenizer
+    step: int
+    record: dict[str, Any]
+
+
+def parse_checkpoint(text: str) -> tuple[Path, int | None]:
+    """WORKDIR or WORKDIR@STEP.
+
+    Raises:
+      UserError: STEP is not a number.
+    """
+    path, at, step = text.rpartition("@")
+    if not at:
+        return Path(text), None
+    if not step.isdigit():
+        raise UserError(f"--checkpoint={text}: {step!r} is not a step; write WORKDIR or WORKDIR@STEP")
+    return Path(path), int(step)
+
+
+def load(checkpoint: str, *, latent: bool = False, devices: Sequence[jax.Device] | None = None) -> Loaded:
+    """Loads `WORKDIR[@STEP]`, by default the newest step, spread over the devices of this machine.
+
+    Args:
+      latent: keep latent weights instead of freezing them to codes and scales.
+      devices: where to; by default all. The mesh that the model was trained on does not matter.
+
+    Raises:
+      UserError: no such run or step, or the checkpoint does not fit its config.
+    """
+    workdir, step = parse_checkpoint(checkpoint)
+    config = read_config(workdir)
+    devices = list(devices or jax.devices())
+    sized = replace(config.data, batch=EVALUATION_BATCH * len(devices))
+    config = replace(config, mesh=Mesh(), data=sized, train=replace(config.train, accumulate=1))
+    mesh = make_mesh(config, devices)
+    checkpoints = Checkpoints(workdir)
+    steps = checkpoints.steps()
+    if not steps or (step is not None and step not in steps):
+        raise UserError(f"{workdir} has no checkpoint{'' if step is None else f' of step {step}'}; it has {steps}")
+    step = steps[-1] if step is None else step
+    with jax.set_mesh(mesh):
+        like = jax.eval_shape(partial(init_parameters, config.model), jax.random.key(0))
+        parameters = checkpoints.restore_parameters(step, abstract(like, mesh))
+        if not latent:
+            parameters = jax.jit(partial(freeze, config.model))(parameters)
+        graphdef = graphdef_of(config.model)
+    record = checkpoints.record(step)
+    checkpoints.close()
+    tokenizer = tokenizers.load(str(workdir / "tokenizer.json"))
+    return Loaded(config, mesh, graphdef, parameters, tokenizer, step, record)

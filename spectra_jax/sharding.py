@@ -1,0 +1,104 @@
+"""Where arrays live: the mesh, and the one table from logical dims to mesh axes.
+
+Mesh axes: "slice" (replicas across slices), "data" (batch and fully sharded parameters), "model" (tensor parallel).
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from spectra_jax.errors import UserError
+from spectra_jax.schema import Config, Mesh
+
+AXES = ("slice", "data", "model")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Mesh axes of each logical dim. `None` means replicated.
+
+    `embed` is D as a dim of a weight (sharded: FSDP), `act` is D as a dim of an activation (not sharded).
+    """
+
+    batch: tuple[str, ...] | str | None = ("slice", "data")
+    time: str | None = None
+    act: str | None = None
+    embed: str | None = "data"
+    heads: str | None = "model"
+    ffn: str | None = "model"
+    vocab: str | None = "model"
+
+    def __call__(self, *dims: str | None) -> P | None:
+        """The spec of an array with these logical dims; None outside a mesh, so that a notebook needs none.
+
+        Raises:
+          ValueError: two dims of one array fall on the same mesh axis.
+        """
+        axes = [getattr(self, dim) if dim else None for dim in dims]
+        used = [a for axis in axes if axis for a in ((axis,) if isinstance(axis, str) else axis)]
+        if len(used) != len(set(used)):
+            raise ValueError(f"dims {dims} map to mesh axes {axes}: an axis can shard one dim of an array only")
+        return P(*axes) if in_mesh() else None
+
+
+def in_mesh() -> bool:
+    """Whether a mesh is set."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def gathered(x: jax.Array, spec: P | None = None) -> jax.Array:
+    """`x` moved to `spec` (by default a copy on every device); itself outside a mesh. This line communicates."""
+    return jax.sharding.reshard(x, P() if spec is None else spec) if in_mesh() else x
+
+
+def mesh_shape(wanted: Mesh, devices: int) -> tuple[int, int, int]:
+    """Devices per axis, with one -1 filled in.
+
+    Raises:
+      UserError: the product is not the number of devices.
+    """
+    sizes = [wanted.slice, wanted.data, wanted.model]
+    text = f"config.mesh.slice={wanted.slice}, data={wanted.data}, model={wanted.model}"
+    if sizes.count(-1) > 1 or any(n < 1 and n != -1 for n in sizes):
+        raise UserError(f"{text}: each must be at least 1, and only one may be -1 (the rest of the devices)")
+    rest = prod(n for n in sizes if n != -1)
+    if devices % rest or (-1 not in sizes and rest != devices):
+        fit = [n for n in range(1, devices + 1) if devices % n == 0]
+        raise UserError(f"{text}: does not divide {devices} devices; sizes that do are {fit}")
+    return tuple(devices // rest if n == -1 else n for n in sizes)
+
+
+def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh of a run, after checking that the batch and the model divide over it.
+
+    Raises:
+      UserError: devices, batch or a dim of the model do not divide.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = dict(zip(AXES, mesh_shape(config.mesh, len(devices))))
+    m, replicas = config.model, shape["slice"] * shape["data"]
+    micro = config.data.batch // config.train.accumulate
+    if micro % replicas:
+        raise UserError(
+            f"config.data.batch={config.data.batch} in {config.train.accumulate} microbatches of {micro} is not "
+            f"divisible by the data axes ({shape['slice']} x {shape['data']}); use "
+            f"{-(-micro // replicas) * replicas * config.train.accumulate} or another --config.mesh.data"
+        )
+    for axis, dims in (
+        ("data", {"D": m.D}),
+        ("model", {"N": m.N, "K": m.K, "F": m.F, "V": m.V}),
+    ):
+        for name, size in dims.items():
+            if size % shape[axis]:
+                raise UserError(
+                    f"config.model.{name}={size} is not divisible by the {axis} axis ({shape[axis]}); "
+                    f"change --config.mesh.{axis} or config.model.{name}"
+                )
+    return jax.make_mesh(tuple(shape.values()), AXES, devices=devices)
+
+
+def batch_sharding(mesh: jax.sharding.Mesh, rules: Rules = Rules()) -> NamedSharding:
+    """How a batch of token records (B, T+1) is spread."""
+    return NamedSharding(mesh, P(rules.batch, rules.time))

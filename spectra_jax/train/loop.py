@@ -1,0 +1,243 @@
+"""`spectra train`: composition of data, step, checkpoints, evaluation and metrics."""
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from spectra_jax import config as configs
+from spectra_jax import hardware
+from spectra_jax.checkpoint import Checkpoints, abstract, make_record
+from spectra_jax.data.loader import Loader
+from spectra_jax.errors import UserError
+from spectra_jax.evaluate.perplexity import evaluate, make_sums
+from spectra_jax.metrics import MetricsWriter, Timer
+from spectra_jax.model.parameters import count, graphdef_of
+from spectra_jax.model.transformer import compute_dtype
+from spectra_jax.progress import ProgressLine
+from spectra_jax.schema import Config
+from spectra_jax.sharding import batch_sharding, make_mesh
+from spectra_jax.train.schedule import interventions
+from spectra_jax.train.step import State, init_state, make_step
+from spectra_jax.train.weight_stats import Codes, make_weight_stats
+from spectra_jax.train.workdir import open_workdir
+from spectra_jax.weights import get_rule
+
+
+def train(config: Config, workdir: Path | str, *, accept_changes: bool = False) -> dict[str, Any]:
+    """Trains to `config.steps`, resuming from the newest checkpoint in `workdir` if there is one.
+
+    On the same mesh every later loss and the final weights are those of a run that was never stopped, bit for bit.
+
+    Returns:
+      The last training and evaluation records.
+
+    Raises:
+      UserError: the config, the data, the devices or the workdir do not fit, or too many steps were not finite.
+    """
+    workdir, mesh = Path(workdir), make_mesh(config)
+    loader = make_loader(config, "train")
+    with jax.set_mesh(mesh):
+        get_rule(config.model.weight), graphdef_of(config.model)  # a bad config fails before anything is written
+        open_workdir(workdir, config, loader, accept_changes)
+        checkpoints = Checkpoints(workdir, config)
+        start = max(checkpoints.steps(), default=0)
+        state = restore_or_init(config, mesh, checkpoints, start)
+        with (
+            MetricsWriter(
+                workdir, tensorboard=config.metrics.tensorboard, wandb=config.metrics.wandb,
+                run_name=config.name, config=configs.to_dict(config),
+                resume_step=start if start else -1, enabled=jax.process_index() == 0,
+            ) as writer,
+            ProgressLine(config.steps) as progress,
+        ):
+            run = Run(config, mesh, loader, checkpoints, writer, progress)
+            progress.message(run.describe(workdir, start))
+            state = run.steps(state, start)
+            checkpoints.close()
+        return run.last
+
+
+def make_loader(config: Config, split: str, mixture: tuple | None = None) -> Loader:
+    """The data of a run, or of some of its sets.
+
+    Raises:
+      UserError: no sets are named, or they do not fit the config.
+    """
+    if not config.data.sets:
+        raise UserError("config.data.sets is empty; name prepared sets: --config.data.sets=DIR[=WEIGHT],DIR[=WEIGHT]")
+    return Loader(
+        mixture or config.mixture, split=split, T=config.data.T, B=config.data.batch, V=config.model.V, seed=config.seed
+    )
+
+
+def restore_or_init(config: Config, mesh: Mesh, checkpoints: Checkpoints, start: int) -> State:
+    """The state after `start` steps: from this run's checkpoint, else fresh from the seed. Never both in memory."""
+    init = partial(init_state, config)
+    if start > config.steps:
+        raise UserError(
+            f"the workdir's newest checkpoint is of step {start}, beyond the {config.steps} steps of the config; "
+            f"train for at least {start} steps or use a new --workdir"
+        )
+    if start:
+        like = abstract(jax.eval_shape(init, jax.random.key(config.seed)), mesh)
+        return checkpoints.restore(start, like)
+    return jax.jit(init)(jax.random.key(config.seed))
+
+
+@dataclass
+class Run:
+    """What the loop works with, and the little state that is not in the training state."""
+
+    config: Config
+    mesh: Mesh
+    loader: Loader
+    checkpoints: Checkpoints
+    writer: MetricsWriter
+    progress: ProgressLine
+
+    def __post_init__(self):
+        config = self.config
+        self.timer = Timer()
+        self.last: dict[str, Any] = {}
+        self.sharding = batch_sharding(self.mesh)
+        self.interventions = interventions(config)
+        self.sums = jax.jit(make_sums(graphdef_of(config.model), config.train.loss_chunks))
+        self.held_out = {
+            Path(path).name: make_loader(config, "validation", ((path, 1.0),)) for path, _ in config.mixture
+        } if config.evaluate.every_steps else {}
+        self.weight_stats = jax.jit(make_weight_stats(config.model))
+        self.codes: Codes | None = None
+        self.quantized = get_rule(config.model.weight).quantized and config.metrics.weights_every_steps > 0
+        self.weights: dict | None = None
+        parameters, m = count(config.model), config.model
+        self.flops = hardware.flops_per_token(
+            matmul_params=parameters.linear + m.V * m.D, L=m.L, N=m.N, H=m.H, T=config.data.T
+        )
+        self.peak = hardware.total_peak(list(self.mesh.devices.flat), compute_dtype(m))
+
+    def steps(self, state: State, start: int) -> State:
+        """Every step from `start` on. Metrics are read one step late, while the next step runs."""
+        config, timer = self.config, self.timer
+        step_fn, pending = self.compile(state), None
+        with self.loader.batches(start, config.steps, self.sharding, threads=config.data.read_threads) as batches:
+            for done in range(start + 1, config.steps + 1):
+                with timer.phase("stall"):
+                    batch = next(batches)
+                state, metrics = step_fn(state, batch)
+                if pending:
+                    self.report(*pending)
+                pending = (done, metrics)
+                if self.due(done):
+                    self.report(*pending)
+                    pending = None
+                    self.pause(done, state)
+        return state
+
+    def compile(self, state: State):
+        """The step for these shapes and shardings."""
+        config = self.config
+        batch = jax.ShapeDtypeStruct((config.data.batch, config.data.T + 1), "int32", sharding=self.sharding)
+        with self.timer.phase("compile"):
+            return jax.jit(make_step(config), donate_argnums=0).lower(state, batch).compile()
+
+    def due(self, done: int) -> bool:
+        """Whether something other than the next step follows step number `done`."""
+        return self.weights_due(done) or self.evaluation_due(done) or self.checkpoints.should_save(done)
+
+    def weights_due(self, done: int) -> bool:
+        """Whether the weights are looked at after this step."""
+        return self.quantized and (done % self.config.metrics.weights_every_steps == 0 or done == 1)
+
+    def evaluation_due(self, done: int) -> bool:
+        """Whether the model is evaluated after this step."""
+        every = self.config.evaluate.every_steps
+        return every > 0 and (done % every == 0 or done == self.config.steps)
+
+    def pause(self, done: int, state: State) -> None:
+        """Everything that happens between two steps."""
+        if self.weights_due(done):
+            self.look_at_weights(done, state)
+        if self.evaluation_due(done):
+            self.evaluate(done, state)
+        if self.checkpoints.should_save(done):
+            self.save(done, state)
+
+    def report(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Writes and shows the metrics of a step, and gives up after too many that were not finite."""
+        config = self.config
+        self.timer.advance(steps=1, tokens=config.tokens_per_step)
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        for name in ("skipped", "skipped_in_a_row"):
+            values[name] = int(values[name])
+        if values["skipped_in_a_row"]:
+            self.writer.event(step, "step skipped", loss=values["loss"], grad_norm=values["grad_norm"])
+        if values["skipped_in_a_row"] >= config.train.max_skipped:
+            raise UserError(
+                f"{values['skipped_in_a_row']} steps in a row up to step {step} had a loss or gradient that is not "
+                f"finite (config.train.max_skipped={config.train.max_skipped}); the last checkpoint is of step "
+                f"{max(self.checkpoints.steps(), default=0)}. Lower config.schedule.peak or lengthen the warm-up"
+            )
+        if step - 1 in self.interventions:
+            self.writer.event(step, self.interventions[step - 1])
+        if step % config.metrics.every_steps and step not in (1, config.steps):
+            return
+        interval = self.timer.interval()
+        record = {
+            **values,
+            "tokens": step * config.tokens_per_step,
+            "tokens_per_second": interval.tokens_per_second,
+            "mfu": hardware.mfu(interval.tokens_per_second, self.flops, self.peak.value),
+            "stall": interval.stall_share,
+        }
+        self.writer.write(step, "train", record)
+        self.progress.update(step, weights=self.weights, eta=self.timer.eta(config.steps - step), **record)
+        self.last["train"] = {"step": step, **record}
+
+    def look_at_weights(self, done: int, state: State) -> None:
+        """Zeros, flips since the last look, and scales, per kind of matrix."""
+        found, self.codes = self.weight_stats(state["parameters"], self.codes)
+        self.weights = jax.tree.map(float, jax.device_get(found))
+        self.writer.write(done, "weights", self.weights)
+
+    def evaluate(self, done: int, state: State) -> None:
+        """Loss on the validation split of every set, and their average by weight in the mixture."""
+        config, limit = self.config, self.config.evaluate.batches * self.config.data.batch or None
+        with self.timer.phase("eval"):
+            found = {
+                name: evaluate(self.sums, state["parameters"], loader, self.sharding, limit)
+                for name, loader in self.held_out.items()
+            }
+        weights = [weight for _, weight in config.mixture]
+        losses = [quality.loss for quality in found.values()]
+        mean = sum(w * loss for w, loss in zip(weights, losses)) / sum(weights)
+        record = {"loss": mean, "tokens": done * config.tokens_per_step}
+        record |= {name: asdict(quality) for name, quality in found.items()}
+        self.writer.write(done, "eval", record)
+        text = ", ".join(f"{n} {q.loss:.4f} +- {q.loss_error:.4f} ({q.bits_per_byte:.4f} bits/byte)" for n, q in found.items())
+        self.progress.message(f"step {done}: validation loss {text}")
+        self.last["eval"] = {"step": done, **record}
+
+    def save(self, done: int, state: State) -> None:
+        """Starts to save the state after step `done`."""
+        record = make_record(
+            configs.to_dict(self.config), done * self.config.tokens_per_step, self.loader.fingerprint
+        )
+        with self.timer.phase("checkpoint"):
+            self.writer.flush()
+            self.checkpoints.save(done, state, record)
+
+    def describe(self, workdir: Path, start: int) -> str:
+        """What is about to happen, in a few lines."""
+        c, parameters = self.config, count(self.config.model)
+        shape = " x ".join(f"{n} {axis}" for axis, n in self.mesh.shape.items())
+        where = f"resuming after step {start}" if start else "from scratch"
+        return (
+            f"{c.family} {c.name}: {parameters.total:,} parameters ({parameters.linear:,} in {c.model.weight} matrices), "
+            f"{c.steps:,} steps of {c.data.batch} x {c.data.T} tokens, {where}, into {workdir}\n"
+            f"{self.mesh.size} device(s) ({shape}), compute {compute_dtype(c.model)}, "
+            f"{self.flops / 1e6:,.1f} MFLOP per token, peak: {self.peak.source}"
+        )

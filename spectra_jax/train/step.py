@@ -1,0 +1,96 @@
+"""One optimizer step as a pure function of (state, batch)."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, PyTree
+
+from spectra_jax.model.parameters import apply, graphdef_of, init_parameters
+from spectra_jax.schema import Config
+from spectra_jax.sharding import Rules
+from spectra_jax.train.loss import mean_loss
+from spectra_jax.train.optimizer import apply_updates, decay_mask, make_optimizer
+from spectra_jax.train.schedule import learning_rate, weight_decay
+
+State = dict[str, PyTree]
+
+
+def init_state(config: Config, key: Array, rules: Rules = Rules()) -> State:
+    """Parameters, optimizer state, the number of steps done, and counts of skipped steps. Call it under jit."""
+    parameters = init_parameters(config.model, key, rules)
+    return {
+        "step": jnp.zeros((), jnp.int32),
+        "parameters": parameters,
+        "optimizer": make_optimizer(config.optimizer).init(parameters),
+        "skipped": jnp.zeros((), jnp.int32),
+        "skipped_in_a_row": jnp.zeros((), jnp.int32),
+    }
+
+
+def batch_loss(
+    graphdef: nnx.GraphDef, parameters: PyTree, tokens: Int[Array, "B T1"], chunks: int
+) -> Float[Array, ""]:
+    """Mean loss in nats over a batch of records of T + 1 tokens."""
+    model = apply(graphdef, parameters)
+    return mean_loss(model.hidden(tokens[:, :-1]), model.head_matrix(), tokens[:, 1:], chunks, model.rules)
+
+
+def make_step(config: Config, rules: Rules = Rules()) -> Callable[[State, Array], tuple[State, dict[str, Array]]]:
+    """The training step: gradients over microbatches, a schedule, AdamW; a non-finite step changes nothing.
+
+    The returned function takes the state (donate it) and records (batch, T + 1); its metrics are scalars on device.
+    """
+    graphdef, optimizer = graphdef_of(config.model, rules), make_optimizer(config.optimizer)
+    loss_and_gradient = jax.value_and_grad(partial(batch_loss, graphdef, chunks=config.train.loss_chunks))
+
+    def step(state: State, tokens: Int[Array, "B T1"]) -> tuple[State, dict[str, Array]]:
+        parameters = state["parameters"]
+        loss, gradient = accumulate(loss_and_gradient, parameters, tokens, config.train.accumulate)
+        norm = optax.global_norm(gradient)
+        rate = learning_rate(config.schedule, config.steps, state["step"])
+        decay = weight_decay(config.schedule, config.optimizer.weight_decay, config.steps, state["step"])
+        direction, optimizer_state = optimizer.update(gradient, state["optimizer"], parameters)
+        mask = decay_mask(config.optimizer, parameters)
+        updated = {
+            "parameters": apply_updates(parameters, direction, mask, rate, decay),
+            "optimizer": optimizer_state,
+        }
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        kept = jax.tree.map(partial(jnp.where, finite), updated, {name: state[name] for name in updated})
+        new = {
+            **kept,
+            "step": state["step"] + 1,
+            "skipped": state["skipped"] + ~finite,
+            "skipped_in_a_row": jnp.where(finite, 0, state["skipped_in_a_row"] + 1),
+        }
+        metrics = {
+            "loss": loss, "grad_norm": norm, "lr": rate, "weight_decay": decay,
+            "skipped": new["skipped"], "skipped_in_a_row": new["skipped_in_a_row"],
+        }
+        return new, metrics
+
+    return step
+
+
+def accumulate(
+    loss_and_gradient: Callable, parameters: PyTree, tokens: Int[Array, "B T1"], microbatches: int
+) -> tuple[Float[Array, ""], PyTree]:
+    """Loss and gradient averaged over equal microbatches: every `microbatches`-th record makes one.
+
+    Striding keeps each microbatch spread over the devices as the batch is.
+    """
+    if microbatches == 1:
+        return loss_and_gradient(parameters, tokens)
+
+    def add(total: PyTree, i: Array) -> tuple[PyTree, None]:
+        part = loss_and_gradient(parameters, stacked[:, i])
+        return jax.tree.map(jnp.add, total, part), None
+
+    stacked = tokens.reshape(tokens.shape[0] // microbatches, microbatches, -1)
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, parameters))
+    total, _ = jax.lax.scan(add, zero, jnp.arange(microbatches))
+    return jax.tree.map(lambda x: x / microbatches, total)

@@ -1,0 +1,309 @@
+"""Config files and overrides: what is taken, what is refused and in which words, and the derived numbers."""
+
+import json
+import re
+
+import pytest
+
+from spectra_jax import config
+from spectra_jax.errors import UserError
+from spectra_jax.schema import (
+    Checkpoint, Config, Data, Mesh, Model, Optimizer, Schedule, Train, check,
+)  # fmt: skip
+
+# A legal change of every key that doubling or halving its default would not be legal for.
+CHANGES = {
+    "family": "TriLM",
+    "name": "other",
+    "model.K": "4",
+    "model.weight": "ternary",
+    "model.compute_dtype": "bfloat16",
+    "model.attention": "reference",
+    "model.remat": "dots",
+    "data.sets": "web=3,books",
+    "optimizer.no_decay": "norm,embedding",
+    "schedule.shape": "linear",
+    "schedule.lowering": "continuous",
+    "schedule.remove_at": "0.5",
+    "mesh.data": "4",
+}
+
+
+def change_of(key: str) -> str:
+    """A text that is a legal value of `key` other than its default."""
+    if key in CHANGES:
+        return CHANGES[key]
+    value = flat(config.to_dict(Config()))[key]
+    if isinstance(value, bool):
+        return str(not value).lower()
+    return str(value * 2 if isinstance(value, int) and value else value / 2 or 1)
+
+
+def flat(values: dict, prefix: str = "") -> dict:
+    found = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def write(folder, body: str, function: str = "get_config"):
+    """A config file whose function runs `body` on the defaults `c`."""
+    path = folder / "experiment.py"
+    lines = "".join(f"    {line}\n" for line in body.splitlines())
+    path.write_text(
+        "from spectra_jax import config\n\n\n"
+        f"def {function}(arg='none'):\n    c = config.default()\n{lines}    return c\n"
+    )
+    return path
+
+
+# --- overrides ---
+
+
+@pytest.mark.parametrize("key", config.keys())
+def test_every_key_can_be_overridden_and_refuses_another_type(key):
+    new = config.override(Config(), [f"{key}={change_of(key)}"])
+    assert [line.split(":")[0] for line in config.differences(Config(), new)] == [key]
+    kind = type(flat(config.to_dict(Config()))[key])
+    if kind in (int, float, bool):
+        for wrong in ("some text", "", "[1]", "None", "yes"):
+            with pytest.raises(UserError, match=rf"config\.{re.escape(key)}=.* is not of type {kind.__name__}"):
+                config.override(Config(), [f"{key}={wrong}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("train.tokens=3e9", 3_000_000_000),
+        ("train.tokens=3_000_000_000", 3_000_000_000),
+        ("schedule.final=1", 1.0),
+        ("schedule.peak=1e-3", 1e-3),
+        ("model.tie_embeddings=True", True),
+        ("model.tie_embeddings=true", True),
+        ("model.tie_embeddings=False", False),
+        ("name=a=b", "a=b"),
+        ("name=3", "3"),
+        ("data.sets=", ()),
+        ("data.sets=one", ("one",)),
+        ("data.sets=web=3,books=1", ("web=3", "books=1")),
+    ],
+)
+def test_how_texts_are_read(text, value):
+    new = config.override(Config(), [text])
+    node = new
+    for name in text.partition("=")[0].split("."):
+        node = getattr(node, name)
+    assert node == value and type(node) is type(value)
+
+
+def test_later_overrides_win_and_the_rest_stays():
+    new = config.override(Config(), ["model.L=4", "seed=7", "model.L=6"])
+    assert config.differences(Config(), new) == ["model.L: 16 -> 6", "seed: 0 -> 7"]
+
+
+@pytest.mark.parametrize(
+    "text", ["model.L=3.5", "model.L=1e400", "model.L=True", "model.tie_embeddings=1", "schedule.peak=nan",
+             "schedule.peak=True", "model.L='4'"],
+)  # fmt: skip
+def test_near_misses_of_a_type_are_refused(text):
+    with pytest.raises(UserError, match=r"config\.[\w.]+=.* is not of type (int|bool|float)$"):
+        config.override(Config(), [text])
+
+
+@pytest.mark.parametrize("key", [k for k in config.keys() if len(k.rsplit(".", 1)[-1]) >= 4])
+def test_a_missing_letter_names_the_right_key(key):
+    middle = len(key) - len(key.rsplit(".", 1)[-1]) // 2
+    typo = key[: middle - 1] + key[middle:]
+    with pytest.raises(UserError, match=rf"^unknown key config\.{re.escape(typo)}; did you mean config\.{re.escape(key)}\?$"):
+        config.override(Config(), [f"{typo}=1"])
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("warmup", "schedule.warmup"),  # without its section
+        ("L", "model.L"),
+        ("data.warmup", "schedule.warmup"),  # in the wrong section
+        ("model.l", "model.L"),
+        ("model.L.x", "model.L"),
+        ("schedule.lower_att", "schedule.lower_at"),
+        ("optimiser.weight_decay", "optimizer.weight_decay"),
+    ],
+)
+def test_other_mistakes_in_a_key(typo, meant):
+    with pytest.raises(UserError, match=rf"unknown key config\.{re.escape(typo)}; did you mean config\.{re.escape(meant)}\?"):
+        config.override(Config(), [f"{typo}=1"])
+
+
+def test_a_key_like_no_other_names_the_sections():
+    with pytest.raises(UserError, match="unknown key config.zzz; the known sections are model, data, train"):
+        config.override(Config(), ["zzz=1"])
+
+
+def test_a_section_is_no_key_and_a_key_needs_a_value():
+    with pytest.raises(UserError, match="unknown key config.model;"):
+        config.override(Config(), ["model=1"])
+    with pytest.raises(UserError, match=r"--config\.model\.L has no value; write --config\.model\.L=VALUE"):
+        config.override(Config(), ["model.L"])
+
+
+# --- files ---
+
+
+def test_a_file_with_overrides(tmp_path):
+    path = write(tmp_path, "c.model.L = 4\nc.train.tokens = 3e9\nc.data.sets = ['web']\nc.name = arg")
+    found = config.load(f"{path}:mine", ["model.L=6"])
+    assert found == config.override(
+        Config(), ["model.L=6", "train.tokens=3000000000", "data.sets=web", "name=mine"]
+    )
+    assert config.load(str(path)).name == "none"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("c.model.Lx = 4", r"unknown key config\.model\.Lx; did you mean config\.model\.L\?"),
+        ("c.modle = 4", r"unknown key config\.modle; did you mean config\.model"),
+        ("c.schedule.peek = 4", r"unknown key config\.schedule\.peek; did you mean config\.schedule\.peak\?"),
+        ("c.model.L = '4'", r"config\.model\.L='4' is not of type int"),
+        ("c.model.L = None", r"config\.model\.L=None is not of type int"),
+        ("c.model.tie_embeddings = 1", r"config\.model\.tie_embeddings=1 is not of type bool"),
+        ("c.data.sets = 'web'", r"config\.data\.sets='web' is not of type tuple"),
+        ("c.data.sets = ('web', 3)", r"config\.data\.sets=\('web', 3\) is not of type tuple"),
+        ("c.model = 4", r"config\.model=4 is a section, not a value"),
+        ("c.data.batch = 0", r"config\.data\.batch=0 must be at least 1"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path, body, message):
+    with pytest.raises(UserError, match=message):
+        config.load(str(write(tmp_path, body)))
+
+
+def test_missing_files_and_functions(tmp_path):
+    with pytest.raises(UserError, match="no config file 'configs/trillm.py'; the shipped ones are in configs/"):
+        config.load("configs/trillm.py:99m")
+    path = write(tmp_path, "", function="get_other")
+    with pytest.raises(UserError, match=r"experiment\.py has no function get_config\(arg\)"):
+        config.load(str(path))
+
+
+# --- round trips ---
+
+
+def test_json_round_trip():
+    changed = config.override(Config(), [f"{key}={change_of(key)}" for key in config.keys()])
+    for c in (Config(), changed):
+        text = json.dumps(config.to_dict(c))
+        assert config.from_dict(json.loads(text)) == c
+        assert hash(config.from_dict(json.loads(text))) == hash(c)  # configs are static arguments of jit
+    assert config.differences(changed, changed) == []
+
+
+def test_a_stored_config_of_another_version_is_refused_by_name():
+    values = config.to_dict(Config())
+    values["model"]["depth"] = 3
+    with pytest.raises(UserError, match=r"unknown key config\.model\.depth"):
+        config.from_dict(values)
+    with pytest.raises(UserError, match=r"config\.model=3 is a section"):
+        config.from_dict({"model": 3})
+
+
+def test_default_is_the_schema():
+    assert config.from_config_dict(config.default()) == Config()
+
+
+def test_for_size_of_an_unknown_size():
+    with pytest.raises(UserError, match="no size '7b' in the suite; it has 99m, 190m"):
+        config.for_size("TriLM", "trilm", "7b")
+
+
+# --- derived numbers ---
+
+
+def run(**changed) -> Config:
+    """100 tokens per step."""
+    return Config(
+        data=Data(T=10, batch=10),
+        train=Train(tokens=changed.pop("tokens", 1000), steps=changed.pop("steps", 0)),
+        checkpoint=Checkpoint(**changed),
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [({"tokens": 1000}, 10), ({"tokens": 1001}, 11), ({"tokens": 1}, 1), ({"tokens": 1000, "steps": 3}, 3)],
+)
+def test_steps(settings, steps):
+    assert run(**settings).tokens_per_step == 100
+    assert run(**settings).steps == steps
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"permanent_tokens": 250}, (3, 5, 8, 10)),
+        ({"permanent_tokens": 300}, (3, 6, 9, 10)),
+        ({"permanent_tokens": 300, "permanent_final": False}, (3, 6, 9)),
+        ({"permanent_tokens": 0}, (10,)),
+        ({"permanent_tokens": 0, "permanent_final": False}, ()),
+        ({"permanent_tokens": 30, "tokens": 200}, (1, 2)),  # several marks within a step: one checkpoint
+        ({"permanent_tokens": 5000}, (10,)),
+        ({"permanent_tokens": 400, "tokens": 950}, (4, 8, 10)),
+        ({"permanent_tokens": 1000, "tokens": 950}, (10,)),  # the last step ends at 1000 tokens
+    ],
+)
+def test_permanent_steps(settings, steps):
+    assert run(**settings).permanent_steps == steps
+
+
+def test_the_suites_intermediate_checkpoints():
+    c = Config(data=Data(batch=528), train=Train(), checkpoint=Checkpoint())
+    # 300e9 tokens of 528 x 2048: 30 marks 10e9 apart, at 1e10 k / 1081344 rounded up
+    assert len(c.permanent_steps) == 30
+    assert c.permanent_steps[:3] == (9_248, 18_496, 27_744) and c.permanent_steps[-1] == 277_433 == c.steps
+
+
+def test_mixture():
+    c = Config(data=Data(sets=("web=3", "a/b", "books=0.5", "odd=name=2")))
+    assert c.mixture == (("web", 3.0), ("a/b", 1.0), ("books", 0.5), ("odd=name", 2.0))
+
+
+# --- rules ---
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (Config(model=Model(L=0)), r"config\.model\.L=0 must be at least 1"),
+        (Config(model=Model(N=-8)), r"config\.model\.N=-8 must be at least 1"),
+        (Config(data=Data(batch=0)), r"config\.data\.batch=0 must be at least 1"),
+        (Config(checkpoint=Checkpoint(keep=0)), r"config\.checkpoint\.keep=0 must be at least 1"),
+        (Config(model=Model(H=7)), r"config\.model\.H=7 must be even"),
+        (Config(model=Model(K=3)), r"config\.model\.N=8 is not divisible by config\.model\.K=3"),
+        (Config(model=Model(scale_shards=3)), r"F=1280 is not divisible by .*scale_shards=3;.* use (2|4)$"),
+        (Config(model=Model(K=2, H=6, scale_shards=8)), r"K\*H=12 is not divisible by .*scale_shards=8;.* use 6$"),
+        (Config(train=Train(accumulate=3)), r"batch=512 is not divisible by .*accumulate=3; use (2|4) microbatches"),
+        (Config(data=Data(T=4)), r"config\.train\.loss_chunks=8 is more than config\.data\.T=4"),
+        (Config(train=Train(tokens=0)), "nothing to train"),
+        (Config(train=Train(steps=-1)), "nothing to train"),
+        (Config(model=Model(compute_dtype="float16")), r"compute_dtype='float16' is not one of auto, float32, bfloat16"),
+        (Config(schedule=Schedule(shape="cosin")), r"shape='cosin' is not one of cosine, linear; did you mean cosine\?"),
+        (Config(schedule=Schedule(lowering="jmup")), r"lowering='jmup' is not one of .*; did you mean jump\?"),
+        (Config(schedule=Schedule(peak=0.0)), r"config\.schedule\.peak=0\.0 must be positive"),
+        (Config(schedule=Schedule(peak=float("nan"))), r"config\.schedule\.peak=nan must be positive"),
+        (Config(schedule=Schedule(final=1.5)), r"config\.schedule\.final=1\.5 is a fraction of the peak"),
+        (Config(schedule=Schedule(warmup=-1.0)), r"config\.schedule\.warmup=-1\.0 must not be negative"),
+        (Config(schedule=Schedule(lower_at=1.0)), r"config\.schedule\.lower_at=1\.0 is a fraction of all steps"),
+        (Config(schedule=Schedule(remove_at=0.0)), r"config\.schedule\.remove_at=0\.0 is a fraction of all steps"),
+        (Config(data=Data(sets=("web=lots",))), r"'web=lots' is not PATH or PATH=WEIGHT; 'lots' is not a number"),
+        (Config(data=Data(sets=("web=0",))), r"the weight in 'web=0' must be positive"),
+        (Config(data=Data(sets=("web=nan",))), r"the weight in 'web=nan' must be positive"),
+    ],
+)  # fmt: skip
+def test_rules(broken, message):
+    with pytest.raises(UserError, match=message):
+        check(broken)
+
+
+def test_the_defaults_obey_the_rules():
+    assert check(Config()) == Config(optimizer=Optimizer(), mesh=Mesh())

@@ -1,0 +1,128 @@
+"""Every shipped config builds: rules hold, the model has the published shape, the file says what it is for."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import pytest
+
+from spectra_jax import config, suite
+from spectra_jax.model import parameters
+from spectra_jax.schema import Config
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "configs").glob("*.py"))
+SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
+FAMILIES = {
+    "floatlm": ("FloatLM", "float"),
+    "trilm": ("TriLM", "ternary"),
+    "bilm": ("BiLM", "binary"),
+    "bitnet": ("BitNet", "bitnet158"),
+}
+# Totals of Table 3's shapes with the trained vocabularies.
+TOTALS = {
+    "99m": 99_762_688, "190m": 190_538_496, "390m": 392_479_744, "560m": 569_242_880, "830m": 834_086_400,
+    "1.1b": 1_149_720_320, "1.5b": 1_515_292_672, "2.4b": 2_461_476_096, "3.9b": 3_992_116_224,
+}
+# Table 3: peak of FloatLM; TriLM's first and lowered peak.
+RATES = {
+    "99m": (4.0e-4, 2.4e-3, 1.5e-3), "190m": (4.0e-4, 2.4e-3, 1.5e-3), "390m": (3.0e-4, 1.8e-3, 1.2e-3),
+    "560m": (2.8e-4, 1.6e-3, 1.1e-3), "830m": (2.5e-4, 1.5e-3, 1.0e-3), "1.1b": (2.2e-4, 1.3e-3, 9.0e-4),
+    "1.5b": (2.0e-4, 1.2e-3, 8.0e-4), "2.4b": (2.0e-4, 1.2e-3, 8.0e-4), "3.9b": (1.5e-4, 1.2e-3, 8.0e-4),
+}
+
+
+def shape_of_run(c: Config) -> int:
+    """Parameters, after evaluating the shapes of a forward pass over one row of the config's length."""
+    m = c.model
+    graphdef = parameters.graphdef_of(m)
+    shapes = jax.eval_shape(lambda key: parameters.init_parameters(m, key), jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((1, c.data.T), jnp.int32)
+    logits = jax.eval_shape(lambda p, t: parameters.apply(graphdef, p)(t), shapes, tokens)
+    assert logits.shape == (1, c.data.T, m.V) and logits.dtype == jnp.float32
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize("size", TOTALS)
+@pytest.mark.parametrize("stem", FAMILIES)
+def test_every_family_builds_at_every_size(stem, size):
+    c = config.load(f"{ROOT}/configs/{stem}.py:{size}")
+    row, (family, rule) = suite.SIZES[size], FAMILIES[stem]
+    # BitNet's linear layers normalise their own input: two norms with gain fewer per block.
+    expected = TOTALS[size] - (2 * row.L * row.D if stem == "bitnet" else 0)
+    assert shape_of_run(c) == expected == parameters.count(c.model).total
+    assert (c.family, c.model.weight, c.name) == (family, rule, f"{stem}-{size}")
+    assert c.data.T == 2048
+
+
+@pytest.mark.parametrize("size", TOTALS)
+def test_published_hyperparameters(size):
+    float_lr, tri_lr, lowered = RATES[size]
+    base, tri, bi = (config.load(f"{ROOT}/configs/{stem}.py:{size}") for stem in ("floatlm", "trilm", "bilm"))
+    assert (base.schedule.shape, base.schedule.peak) == ("cosine", float_lr)
+    assert not base.schedule.lower_peak and not base.schedule.remove_decay
+    for c in (tri, bi):
+        s = c.schedule
+        assert (s.shape, s.peak, s.lowered_peak) == ("linear", tri_lr, lowered)
+        assert s.lower_peak and s.lower_at == 1 / 2 and s.remove_decay and s.remove_at == 2 / 3
+        assert c.model.scale_shards == {"1.1b": 2, "1.5b": 2, "2.4b": 3, "3.9b": 6}.get(size, 1)
+    # 300e9 over 1024 x 2048 and over 528 x 2048 tokens, rounded up
+    assert (base.steps, tri.steps) == (143_052, 277_433)
+    for c in (base, tri, bi):
+        assert c.train.tokens == 300_000_000_000
+        assert (c.optimizer.b1, c.optimizer.b2) == (0.9, 0.95)
+        assert sum(weight for _, weight in c.mixture) == 300
+
+
+def test_bitnet_recipe():
+    c = config.load(f"{ROOT}/configs/bitnet.py")
+    assert c.name == "bitnet-1.1b" and c.train.tokens == 100_000_000_000
+    assert c.steps == 95_368  # 1e11 over 512 x 2048, rounded up
+    assert c.schedule.warmup == 375 and c.schedule.lower_at == c.schedule.remove_at == 1 / 2
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_defaults_of_every_file(path):
+    c = config.load(str(path))
+    assert shape_of_run(c) == parameters.count(c.model).total
+    assert config.from_dict(config.to_dict(c)) == c
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
+def test_every_row_of_every_sweep(path):
+    rows = config.run_config_file(str(path), "get_sweep")
+    names = [name for name, _ in rows]
+    assert names and len(set(names)) == len(names), f"rows of a sweep need names of their own: {names}"
+    for name, values in rows:
+        assert isinstance(name, str) and isinstance(values, ml_collections.ConfigDict)
+        c = config.from_config_dict(values)
+        assert shape_of_run(c) == parameters.count(c.model).total
+
+
+@pytest.mark.parametrize("path", FILES + SWEEPS, ids=lambda p: p.stem)
+def test_every_file_opens_with_what_it_is_for(path):
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    for field in ("Command:", "Chips:", "Loss:", "Answers:"):
+        found = [line for line in text.splitlines() if line.startswith(field)]
+        assert len(found) == 1 and found[0].removeprefix(field).strip(), f"{path.name}: {field} is missing"
+    command = next(line for line in text.splitlines() if line.startswith("Command:"))
+    assert f"configs/{path.relative_to(ROOT / 'configs')}" in command or path.stem in command
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_every_argument_has_a_default(path):
+    function = next(
+        node
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name == "get_config"
+    )
+    assert len(function.args.args) == len(function.args.defaults)
+    assert inspect.cleandoc(ast.get_docstring(function) or "")
+
+
+def test_unknown_size_names_the_known_ones():
+    with pytest.raises(config.UserError, match=r"no size '2b' in the suite; it has 99m, 190m, .*3\.9b"):
+        config.load(f"{ROOT}/configs/trilm.py:2b")

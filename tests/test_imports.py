@@ -1,0 +1,175 @@
+"""Who may import whom: the arrows of the design, read from the source and not from what happens to be loaded."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Layer -> the layers that it may import beside itself. A layer is a module or a package of spectra_jax; a file
+# belongs to the longest name here that its own begins with, so `train` is what of it has no row of its own.
+BASE = {"errors", "schema", "suite", "config", "hardware", "progress"}
+MODEL = BASE | {"sharding", "weights", "model"}
+STEP = MODEL | {"train", "train.loss"}
+RUN = STEP | {"data", "checkpoint", "metrics", "evaluate", "train.workdir"}
+ALLOWED = {
+    "errors": set(),
+    "hardware": {"errors"},
+    "progress": {"errors"},
+    "metrics": {"errors"},
+    "schema": {"errors"},
+    "suite": {"errors"},
+    "config": {"errors", "schema", "suite"},
+    "sharding": {"errors", "schema"},
+    "weights": {"errors", "schema", "sharding"},
+    "model": {"errors", "schema", "suite", "sharding", "weights"},
+    "data": {"errors", "schema", "suite"},
+    "checkpoint": {"errors", "schema", "config", "sharding"},
+    "train.loss": {"sharding"},
+    "train": MODEL | {"train.loss"},
+    "train.workdir": BASE | {"data"},
+    "evaluate": MODEL | {"data", "train.loss"},
+    "train.loop": RUN,
+    "serve": MODEL | {"data", "checkpoint", "train.workdir"},
+    "evaluate.report": MODEL | {"data", "evaluate", "serve"},
+    "quantize": MODEL | {"data", "checkpoint", "metrics", "evaluate", "serve"},
+    "interop": MODEL | {"data", "checkpoint", "serve"},
+    "analysis": MODEL | {"checkpoint", "metrics", "serve"},
+    "aot": STEP,
+}
+# Modules that exist for `python -m spectra_jax.COMMAND`: they hand over to the command line and do nothing else.
+ENTRIES = {"prepare", "plot", "generate", "train.__main__", "evaluate.__main__"}
+ALLOWED |= dict.fromkeys(ENTRIES, {"cli"})
+# The command line, and commands that compose all the rest.
+COMMANDS = {"cli", "quickstart", "sweep"}
+ALLOWED |= dict.fromkeys(COMMANDS, set(ALLOWED) - ENTRIES | COMMANDS)
+
+# Package -> the layers that may import it; every other import of it is refused.
+OWNERS = {
+    "ml_collections": {"config"},
+    "absl": {"cli", "config"},
+    "orbax": {"checkpoint"},
+    "grain": {"data"},
+    "array_record": {"data"},
+    "tensorflow_datasets": {"data"},
+    "pallas_kernels": {"weights"},
+    "matplotlib": {"analysis"},
+    "tensorflow": set(),
+    "clu": set(),
+    "jax._src": set(),
+    "torch": set(),
+    "transformers": set(),
+}
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    """`spectra_jax/data/loader.py` -> `spectra_jax.data.loader`."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def is_main_guard(node: ast.AST) -> bool:
+    """`if __name__ == "__main__":`, where a module hands over to the command line."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+
+
+def imports(node: ast.AST, package: list[str]) -> Iterator[str]:
+    """Dotted names that the code imports, those inside functions too; `from a import b` gives `a.b`."""
+    for child in ast.iter_child_nodes(node):
+        if is_main_guard(child):
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            above = package[: len(package) - child.level + 1] if child.level else []
+            start = ".".join(above + ([child.module] if child.module else []))
+            yield from (f"{start}.{alias.name}" for alias in child.names)
+        yield from imports(child, package)
+
+
+def imports_of(path: Path) -> set[str]:
+    package = list(path.relative_to(ROOT).parts[:-1])
+    return set(imports(ast.parse(path.read_text()), package))
+
+
+def under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def layer_of(name: str) -> str | None:
+    """The layer of a module or of a name imported from one; None where the table has none."""
+    name = name.removeprefix("spectra_jax.")
+    return max((layer for layer in ALLOWED if under(name, layer)), key=len, default=None)
+
+
+@pytest.mark.parametrize("path", sources("spectra_jax"), ids=module_of)
+def test_arrows_between_layers(path):
+    module, layer = module_of(path), layer_of(module_of(path))
+    if module == "spectra_jax":
+        allowed = {"errors"}
+    else:
+        assert layer, f"{module} is in no layer: add it to ALLOWED"
+        allowed = ALLOWED[layer] | {layer}
+    for name in imports_of(path):
+        if under(name, "spectra_jax"):
+            assert layer_of(name) in allowed, f"{module} imports {name}; it may import {sorted(allowed)}"
+
+
+def test_arrows_never_turn_back():
+    """The table has no cycle: layers can be put in a line in which each imports only earlier ones."""
+    rest = {layer: set(allowed) - {layer} for layer, allowed in ALLOWED.items() if layer not in COMMANDS | ENTRIES}
+    while rest:
+        free = {layer for layer, needs in rest.items() if not needs & set(rest)}
+        assert free, f"these layers import one another: {sorted(rest)}"
+        rest = {layer: needs for layer, needs in rest.items() if layer not in free}
+
+
+@pytest.mark.parametrize("path", sources("spectra_jax"), ids=module_of)
+def test_packages_with_an_owner(path):
+    layer = layer_of(module_of(path))
+    for name in imports_of(path):
+        for package, owners in OWNERS.items():
+            if under(name, package):
+                assert layer in owners, f"{module_of(path)} imports {name}; only {sorted(owners)} may"
+
+
+def test_kernels_are_reached_through_their_api_only():
+    for path in sources("spectra_jax"):
+        for name in imports_of(path):
+            if under(name, "pallas_kernels"):
+                assert under(name, "pallas_kernels.api"), f"{module_of(path)} imports {name}"
+
+
+def test_kernels_know_nothing_of_the_project():
+    for path in sources("pallas_kernels"):
+        for name in imports_of(path):
+            assert not under(name, "spectra_jax"), f"{module_of(path)} imports {name}"
+            assert not any(under(name, refused) for refused, owners in OWNERS.items() if not owners)
+
+
+@pytest.mark.parametrize("folder", ["spectra_jax", "pallas_kernels", "configs", "benchmarks"])
+def test_no_private_jax(folder):
+    for path in sources(folder):
+        tree = ast.parse(path.read_text())
+        private = [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "_src"]
+        private += [n for n in imports_of(path) if under(n, "jax._src")]
+        assert not private, f"{path.relative_to(ROOT)}: {private}"
+
+
+def test_the_test_sees_what_it_should(tmp_path):
+    """Every form of import is found, and the guard's are not."""
+    source = (
+        "import a.b\nfrom c import d\nfrom . import e\nfrom ..x import y\n"
+        "def f():\n    import g\n"
+        "if __name__ == '__main__':\n    from h import i\n"
+    )
+    found = set(imports(ast.parse(source), ["spectra_jax", "data"]))
+    assert found == {"a.b", "c.d", "spectra_jax.data.e", "spectra_jax.x.y", "g"}
+    assert layer_of("spectra_jax.train.loop.Loop") == "train.loop"
+    assert layer_of("spectra_jax.train.step") == "train"
+    assert layer_of("spectra_jax.training") is None
