@@ -92,8 +92,8 @@ def generate(args: argparse.Namespace) -> None:
     from spectra_jax.serve.load import load
 
     text = complete(
-        load(args.checkpoint, devices=jax.devices()[:1]), args.prompt, new_tokens=args.tokens, temperature=args.temperature,
-        top_k=args.top_k, seed=args.seed,
+        load(args.checkpoint, devices=jax.devices()[:1]), args.prompt, new_tokens=args.tokens,
+        temperature=args.temperature, top_k=args.top_k, seed=args.seed,
     )
     print(text)
 

@@ -200,7 +200,8 @@ def from_dict(values: Mapping) -> Config:
 def differences(old: Config, new: Config) -> list[str]:
     """Where two configs differ, as `model.L: 4 -> 8`."""
     a, b = _flat(to_dict(old)), _flat(to_dict(new))
-    return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+    changed = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+    return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in changed]
 
 
 def _flat(values: Mapping, prefix: str = "") -> dict:

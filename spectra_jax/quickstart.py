@@ -18,7 +18,7 @@ from spectra_jax.data import corpus
 from spectra_jax.data.prepare import prepare
 from spectra_jax.errors import UserError
 from spectra_jax.evaluate.report import evaluate_sets
-from spectra_jax.model.matrices import shards_of, stacked_statistics
+from spectra_jax.model.matrices import stacked_codes, stacked_statistics
 from spectra_jax.model.parameters import block_matrices, count
 from spectra_jax.progress import human
 from spectra_jax.serve.generate import complete
@@ -46,17 +46,17 @@ def get_config(family: str = "TriLM") -> ml_collections.ConfigDict:
     c.family, c.name = family, f"quickstart-{family.lower()}"
     c.model.update(V=VOCABULARY, D=192, F=512, L=4, N=3, K=3, H=64, weight=FAMILIES[family], unroll=4)
     c.model.attention_blocks = 2
-    c.data.update(sets=("runs/quickstart/data",), T=CONTEXT, batch=8)
-    c.train.steps = 320
+    c.data.update(sets=("runs/quickstart/data",), T=CONTEXT, batch=4)
+    c.train.steps = 560
     c.train.loss_chunks = 2
-    c.schedule.warmup = 20.0
+    c.schedule.warmup = 40.0
     # Peaks in the ratio of the suite's: ternary models like a far higher rate.
     c.schedule.update(shape="cosine", peak=2e-3, final=0.1)
     if family != "FloatLM":
         c.schedule.update(shape="linear", peak=6e-3, lower_peak=True, lowered_peak=4e-3, remove_decay=True, final=0.0)
-    c.checkpoint.update(every_steps=250, permanent_tokens=0)
-    c.evaluate.update(every_steps=100, batches=8)
-    c.metrics.update(every_steps=5, weights_every_steps=50)
+    c.checkpoint.update(every_steps=280, permanent_tokens=0)
+    c.evaluate.update(every_steps=140, batches=16)
+    c.metrics.update(every_steps=10, weights_every_steps=70)
     return c
 
 
@@ -85,7 +85,7 @@ def run(workdir: Path | str) -> list[dict]:
     plot_runs(runs, workdir / "loss.png")
     device = jax.devices()[:1]
     rows = [compare_row(load(str(folder), devices=device), data) for folder in runs]
-    bits_versus_loss(rows, workdir / "bits_versus_loss.png")
+    bits_versus_loss(rows, workdir / "bits_versus_loss.png", accounting="paper bits")
     latent = [load(str(folder), latent=True, devices=device) for folder in runs]
     draw_weights(*latent, workdir / "weights.png")
     (workdir / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -113,11 +113,9 @@ def compare_row(model: Loaded, data: Path) -> dict:
 
 def draw_weights(flt: Loaded, tri: Loaded, path: Path) -> None:
     """Latent and ternary weights of one kind of matrix, beside the float model's."""
-    key, m = ("mlp", "up"), tri.config.model
-    ws, rule = block_matrices(tri.parameters), get_rule(m.weight)
-    shards = shards_of(m, key)
+    key, m, ws = ("mlp", "up"), tri.config.model, block_matrices(tri.parameters)
     with jax.set_mesh(tri.mesh):
-        codes = jax.vmap(lambda w, s: rule.codes(w, s, shards))(ws[key], stacked_statistics(m, ws)[key])
+        codes = stacked_codes(m, ws, stacked_statistics(m, ws))[key]
     latent = {
         "TriLM up": np.asarray(ws[key]),
         "FloatLM up": np.asarray(block_matrices(flt.parameters)[key]),

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from math import prod
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from spectra_jax.errors import UserError
 from spectra_jax.schema import Config, Mesh

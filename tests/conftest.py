@@ -1,13 +1,16 @@
-"""What every test runs under: 8 CPU devices, no silent broadcasting of ranks, annotations checked at run time.
+"""What every test runs under: 8 CPU devices, no silent broadcasting of ranks, checked annotations.
 
-Nothing in the package may be imported before this file has run: the hook rewrites modules as they are loaded.
+Nothing of the package may be imported before this file has run: the hook rewrites modules as they
+are loaded.
 """
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ warnings
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers is an oracle here; its hub is never asked
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # transformers is an oracle here; its hub is never asked
 
 import jax  # noqa: E402
 from absl import flags  # noqa: E402
@@ -19,3 +22,10 @@ install_import_hook(["spectra_jax", "pallas_kernels"], "beartype.beartype")
 
 if not flags.FLAGS.is_parsed():
     flags.FLAGS(["pytest"])  # grain's worker processes ask for parsed flags
+
+
+def pytest_configure(config):
+    """Warnings that other packages raise against one another."""
+    config.addinivalue_line(
+        "filterwarnings", r"ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+    )

@@ -1,4 +1,4 @@
-"""Config files and overrides: what is taken, what is refused and in which words, and the derived numbers."""
+"""Config files and overrides: what is taken, what is refused in which words; derived numbers."""
 
 import json
 import re
@@ -42,7 +42,9 @@ def change_of(key: str) -> str:
 def flat(values: dict, prefix: str = "") -> dict:
     found = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        found |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return found
 
 
@@ -67,7 +69,9 @@ def test_every_key_can_be_overridden_and_refuses_another_type(key):
     kind = type(flat(config.to_dict(Config()))[key])
     if kind in (int, float, bool):
         for wrong in ("some text", "", "[1]", "None", "yes"):
-            with pytest.raises(UserError, match=rf"config\.{re.escape(key)}=.* is not of type {kind.__name__}"):
+            with pytest.raises(
+                UserError, match=rf"config\.{re.escape(key)}=.* is not of type {kind.__name__}"
+            ):
                 config.override(Config(), [f"{key}={wrong}"])
 
 
@@ -102,9 +106,17 @@ def test_later_overrides_win_and_the_rest_stays():
 
 
 @pytest.mark.parametrize(
-    "text", ["model.L=3.5", "model.L=1e400", "model.L=True", "model.tie_embeddings=1", "schedule.peak=nan",
-             "schedule.peak=True", "model.L='4'"],
-)  # fmt: skip
+    "text",
+    [
+        "model.L=3.5",
+        "model.L=1e400",
+        "model.L=True",
+        "model.L='4'",
+        "model.tie_embeddings=1",
+        "schedule.peak=nan",
+        "schedule.peak=True",
+    ],
+)
 def test_near_misses_of_a_type_are_refused(text):
     with pytest.raises(UserError, match=r"config\.[\w.]+=.* is not of type (int|bool|float)$"):
         config.override(Config(), [text])
@@ -114,7 +126,10 @@ def test_near_misses_of_a_type_are_refused(text):
 def test_a_missing_letter_names_the_right_key(key):
     middle = len(key) - len(key.rsplit(".", 1)[-1]) // 2
     typo = key[: middle - 1] + key[middle:]
-    with pytest.raises(UserError, match=rf"^unknown key config\.{re.escape(typo)}; did you mean config\.{re.escape(key)}\?$"):
+    with pytest.raises(
+        UserError,
+        match=rf"^unknown key config\.{re.escape(typo)}; did you mean config\.{re.escape(key)}\?$",
+    ):
         config.override(Config(), [f"{typo}=1"])
 
 
@@ -131,19 +146,26 @@ def test_a_missing_letter_names_the_right_key(key):
     ],
 )
 def test_other_mistakes_in_a_key(typo, meant):
-    with pytest.raises(UserError, match=rf"unknown key config\.{re.escape(typo)}; did you mean config\.{re.escape(meant)}\?"):
+    with pytest.raises(
+        UserError,
+        match=rf"unknown key config\.{re.escape(typo)}; did you mean config\.{re.escape(meant)}\?",
+    ):
         config.override(Config(), [f"{typo}=1"])
 
 
 def test_a_key_like_no_other_names_the_sections():
-    with pytest.raises(UserError, match="unknown key config.zzz; the known sections are model, data, train"):
+    with pytest.raises(
+        UserError, match="unknown key config.zzz; the known sections are model, data, train"
+    ):
         config.override(Config(), ["zzz=1"])
 
 
 def test_a_section_is_no_key_and_a_key_needs_a_value():
     with pytest.raises(UserError, match="unknown key config.model;"):
         config.override(Config(), ["model=1"])
-    with pytest.raises(UserError, match=r"--config\.model\.L has no value; write --config\.model\.L=VALUE"):
+    with pytest.raises(
+        UserError, match=r"--config\.model\.L has no value; write --config\.model\.L=VALUE"
+    ):
         config.override(Config(), ["model.L"])
 
 
@@ -151,7 +173,9 @@ def test_a_section_is_no_key_and_a_key_needs_a_value():
 
 
 def test_a_file_with_overrides(tmp_path):
-    path = write(tmp_path, "c.model.L = 4\nc.train.tokens = 3e9\nc.data.sets = ['web']\nc.name = arg")
+    path = write(
+        tmp_path, "c.model.L = 4\nc.train.tokens = 3e9\nc.data.sets = ['web']\nc.name = arg"
+    )
     found = config.load(f"{path}:mine", ["model.L=6"])
     assert found == config.override(
         Config(), ["model.L=6", "train.tokens=3000000000", "data.sets=web", "name=mine"]
@@ -164,7 +188,10 @@ def test_a_file_with_overrides(tmp_path):
     [
         ("c.model.Lx = 4", r"unknown key config\.model\.Lx; did you mean config\.model\.L\?"),
         ("c.modle = 4", r"unknown key config\.modle; did you mean config\.model"),
-        ("c.schedule.peek = 4", r"unknown key config\.schedule\.peek; did you mean config\.schedule\.peak\?"),
+        (
+            "c.schedule.peek = 4",
+            r"unknown key config\.schedule\.peek; did you mean config\.schedule\.peak\?",
+        ),
         ("c.model.L = '4'", r"config\.model\.L='4' is not of type int"),
         ("c.model.L = None", r"config\.model\.L=None is not of type int"),
         ("c.model.tie_embeddings = 1", r"config\.model\.tie_embeddings=1 is not of type bool"),
@@ -180,7 +207,9 @@ def test_mistakes_in_a_file(tmp_path, body, message):
 
 
 def test_missing_files_and_functions(tmp_path):
-    with pytest.raises(UserError, match="no config file 'configs/trillm.py'; the shipped ones are in configs/"):
+    with pytest.raises(
+        UserError, match="no config file 'configs/trillm.py'; the shipped ones are in configs/"
+    ):
         config.load("configs/trillm.py:99m")
     path = write(tmp_path, "", function="get_other")
     with pytest.raises(UserError, match=r"experiment\.py has no function get_config\(arg\)"):
@@ -195,7 +224,9 @@ def test_json_round_trip():
     for c in (Config(), changed):
         text = json.dumps(config.to_dict(c))
         assert config.from_dict(json.loads(text)) == c
-        assert hash(config.from_dict(json.loads(text))) == hash(c)  # configs are static arguments of jit
+        assert hash(config.from_dict(json.loads(text))) == hash(
+            c
+        )  # configs are static arguments of jit
     assert config.differences(changed, changed) == []
 
 
@@ -231,7 +262,12 @@ def run(**changed) -> Config:
 
 @pytest.mark.parametrize(
     ("settings", "steps"),
-    [({"tokens": 1000}, 10), ({"tokens": 1001}, 11), ({"tokens": 1}, 1), ({"tokens": 1000, "steps": 3}, 3)],
+    [
+        ({"tokens": 1000}, 10),
+        ({"tokens": 1001}, 11),
+        ({"tokens": 1}, 1),
+        ({"tokens": 1000, "steps": 3}, 3),
+    ],
 )
 def test_steps(settings, steps):
     assert run(**settings).tokens_per_step == 100
@@ -246,7 +282,10 @@ def test_steps(settings, steps):
         ({"permanent_tokens": 300, "permanent_final": False}, (3, 6, 9)),
         ({"permanent_tokens": 0}, (10,)),
         ({"permanent_tokens": 0, "permanent_final": False}, ()),
-        ({"permanent_tokens": 30, "tokens": 200}, (1, 2)),  # several marks within a step: one checkpoint
+        (
+            {"permanent_tokens": 30, "tokens": 200},
+            (1, 2),
+        ),  # several marks within a step: one checkpoint
         ({"permanent_tokens": 5000}, (10,)),
         ({"permanent_tokens": 400, "tokens": 950}, (4, 8, 10)),
         ({"permanent_tokens": 1000, "tokens": 950}, (10,)),  # the last step ends at 1000 tokens
@@ -260,7 +299,10 @@ def test_the_suites_intermediate_checkpoints():
     c = Config(data=Data(batch=528), train=Train(), checkpoint=Checkpoint())
     # 300e9 tokens of 528 x 2048: 30 marks 10e9 apart, at 1e10 k / 1081344 rounded up
     assert len(c.permanent_steps) == 30
-    assert c.permanent_steps[:3] == (9_248, 18_496, 27_744) and c.permanent_steps[-1] == 277_433 == c.steps
+    assert (
+        c.permanent_steps[:3] == (9_248, 18_496, 27_744)
+        and c.permanent_steps[-1] == 277_433 == c.steps
+    )
 
 
 def test_mixture():
@@ -280,26 +322,62 @@ def test_mixture():
         (Config(checkpoint=Checkpoint(keep=0)), r"config\.checkpoint\.keep=0 must be at least 1"),
         (Config(model=Model(H=7)), r"config\.model\.H=7 must be even"),
         (Config(model=Model(K=3)), r"config\.model\.N=8 is not divisible by config\.model\.K=3"),
-        (Config(model=Model(scale_shards=3)), r"F=1280 is not divisible by .*scale_shards=3;.* use (2|4)$"),
-        (Config(model=Model(K=2, H=6, scale_shards=8)), r"K\*H=12 is not divisible by .*scale_shards=8;.* use 6$"),
-        (Config(train=Train(accumulate=3)), r"batch=512 is not divisible by .*accumulate=3; use (2|4) microbatches"),
+        (
+            Config(model=Model(scale_shards=3)),
+            r"F=1280 is not divisible by .*scale_shards=3;.* use (2|4)$",
+        ),
+        (
+            Config(model=Model(K=2, H=6, scale_shards=8)),
+            r"K\*H=12 is not divisible by .*scale_shards=8;.* use 6$",
+        ),
+        (
+            Config(train=Train(accumulate=3)),
+            r"batch=512 is not divisible by .*accumulate=3; use (2|4) microbatches",
+        ),
         (Config(data=Data(T=4)), r"config\.train\.loss_chunks=8 is more than config\.data\.T=4"),
         (Config(train=Train(tokens=0)), "nothing to train"),
         (Config(train=Train(steps=-1)), "nothing to train"),
-        (Config(model=Model(compute_dtype="float16")), r"compute_dtype='float16' is not one of auto, float32, bfloat16"),
-        (Config(schedule=Schedule(shape="cosin")), r"shape='cosin' is not one of cosine, linear; did you mean cosine\?"),
-        (Config(schedule=Schedule(lowering="jmup")), r"lowering='jmup' is not one of .*; did you mean jump\?"),
+        (
+            Config(model=Model(compute_dtype="float16")),
+            r"compute_dtype='float16' is not one of auto, float32, bfloat16",
+        ),
+        (
+            Config(schedule=Schedule(shape="cosin")),
+            r"shape='cosin' is not one of cosine, linear; did you mean cosine\?",
+        ),
+        (
+            Config(schedule=Schedule(lowering="jmup")),
+            r"lowering='jmup' is not one of .*; did you mean jump\?",
+        ),
         (Config(schedule=Schedule(peak=0.0)), r"config\.schedule\.peak=0\.0 must be positive"),
-        (Config(schedule=Schedule(peak=float("nan"))), r"config\.schedule\.peak=nan must be positive"),
-        (Config(schedule=Schedule(final=1.5)), r"config\.schedule\.final=1\.5 is a fraction of the peak"),
-        (Config(schedule=Schedule(warmup=-1.0)), r"config\.schedule\.warmup=-1\.0 must not be negative"),
-        (Config(schedule=Schedule(lower_at=1.0)), r"config\.schedule\.lower_at=1\.0 is a fraction of all steps"),
-        (Config(schedule=Schedule(remove_at=0.0)), r"config\.schedule\.remove_at=0\.0 is a fraction of all steps"),
-        (Config(data=Data(sets=("web=lots",))), r"'web=lots' is not PATH or PATH=WEIGHT; 'lots' is not a number"),
+        (
+            Config(schedule=Schedule(peak=float("nan"))),
+            r"config\.schedule\.peak=nan must be positive",
+        ),
+        (
+            Config(schedule=Schedule(final=1.5)),
+            r"config\.schedule\.final=1\.5 is a fraction of the peak",
+        ),
+        (
+            Config(schedule=Schedule(warmup=-1.0)),
+            r"config\.schedule\.warmup=-1\.0 must not be negative",
+        ),
+        (
+            Config(schedule=Schedule(lower_at=1.0)),
+            r"config\.schedule\.lower_at=1\.0 is a fraction of all steps",
+        ),
+        (
+            Config(schedule=Schedule(remove_at=0.0)),
+            r"config\.schedule\.remove_at=0\.0 is a fraction of all steps",
+        ),
+        (
+            Config(data=Data(sets=("web=lots",))),
+            r"'web=lots' is not PATH or PATH=WEIGHT; 'lots' is not a number",
+        ),
         (Config(data=Data(sets=("web=0",))), r"the weight in 'web=0' must be positive"),
         (Config(data=Data(sets=("web=nan",))), r"the weight in 'web=nan' must be positive"),
     ],
-)  # fmt: skip
+)
 def test_rules(broken, message):
     with pytest.raises(UserError, match=message):
         check(broken)

@@ -1,4 +1,4 @@
-"""Every shipped config builds: rules hold, the model has the published shape, the file says what it is for."""
+"""Every shipped config builds, has the published shape, and its file says what it is for."""
 
 import ast
 import inspect
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import pytest
 
 from spectra_jax import config, suite
@@ -24,19 +23,32 @@ FAMILIES = {
 }
 # Totals of Table 3's shapes with the trained vocabularies.
 TOTALS = {
-    "99m": 99_762_688, "190m": 190_538_496, "390m": 392_479_744, "560m": 569_242_880, "830m": 834_086_400,
-    "1.1b": 1_149_720_320, "1.5b": 1_515_292_672, "2.4b": 2_461_476_096, "3.9b": 3_992_116_224,
+    "99m": 99_762_688,
+    "190m": 190_538_496,
+    "390m": 392_479_744,
+    "560m": 569_242_880,
+    "830m": 834_086_400,
+    "1.1b": 1_149_720_320,
+    "1.5b": 1_515_292_672,
+    "2.4b": 2_461_476_096,
+    "3.9b": 3_992_116_224,
 }
 # Table 3: peak of FloatLM; TriLM's first and lowered peak.
 RATES = {
-    "99m": (4.0e-4, 2.4e-3, 1.5e-3), "190m": (4.0e-4, 2.4e-3, 1.5e-3), "390m": (3.0e-4, 1.8e-3, 1.2e-3),
-    "560m": (2.8e-4, 1.6e-3, 1.1e-3), "830m": (2.5e-4, 1.5e-3, 1.0e-3), "1.1b": (2.2e-4, 1.3e-3, 9.0e-4),
-    "1.5b": (2.0e-4, 1.2e-3, 8.0e-4), "2.4b": (2.0e-4, 1.2e-3, 8.0e-4), "3.9b": (1.5e-4, 1.2e-3, 8.0e-4),
+    "99m": (4.0e-4, 2.4e-3, 1.5e-3),
+    "190m": (4.0e-4, 2.4e-3, 1.5e-3),
+    "390m": (3.0e-4, 1.8e-3, 1.2e-3),
+    "560m": (2.8e-4, 1.6e-3, 1.1e-3),
+    "830m": (2.5e-4, 1.5e-3, 1.0e-3),
+    "1.1b": (2.2e-4, 1.3e-3, 9.0e-4),
+    "1.5b": (2.0e-4, 1.2e-3, 8.0e-4),
+    "2.4b": (2.0e-4, 1.2e-3, 8.0e-4),
+    "3.9b": (1.5e-4, 1.2e-3, 8.0e-4),
 }
 
 
 def shape_of_run(c: Config) -> int:
-    """Parameters, after evaluating the shapes of a forward pass over one row of the config's length."""
+    """Parameters, after evaluating the shapes of a forward pass over one row of length T."""
     m = c.model
     graphdef = parameters.graphdef_of(m)
     shapes = jax.eval_shape(lambda key: parameters.init_parameters(m, key), jax.random.key(0))
@@ -61,7 +73,9 @@ def test_every_family_builds_at_every_size(stem, size):
 @pytest.mark.parametrize("size", TOTALS)
 def test_published_hyperparameters(size):
     float_lr, tri_lr, lowered = RATES[size]
-    base, tri, bi = (config.load(f"{ROOT}/configs/{stem}.py:{size}") for stem in ("floatlm", "trilm", "bilm"))
+    base, tri, bi = (
+        config.load(f"{ROOT}/configs/{stem}.py:{size}") for stem in ("floatlm", "trilm", "bilm")
+    )
     assert (base.schedule.shape, base.schedule.peak) == ("cosine", float_lr)
     assert not base.schedule.lower_peak and not base.schedule.remove_decay
     for c in (tri, bi):
@@ -91,15 +105,53 @@ def test_defaults_of_every_file(path):
     assert config.from_dict(config.to_dict(c)) == c
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
-def test_every_row_of_every_sweep(path):
-    rows = config.run_config_file(str(path), "get_sweep")
+def arguments_of(path: Path) -> list[str]:
+    """What a sweep can be asked for: its default, and the tiny form if its docstring offers one."""
+    return [str(path)] + ([f"{path}:tiny"] if "\nTiny:" in path.read_text() else [])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [spec for path in SWEEPS for spec in arguments_of(path)],
+    ids=lambda spec: Path(spec).name,
+)
+def test_every_row_of_every_sweep(spec, monkeypatch):
+    monkeypatch.chdir(ROOT)  # sweeps name the config files that they start from as the commands do
+    rows = config.run_config_file(spec, "get_sweep")
     names = [name for name, _ in rows]
-    assert names and len(set(names)) == len(names), f"rows of a sweep need names of their own: {names}"
-    for name, values in rows:
-        assert isinstance(name, str) and isinstance(values, ml_collections.ConfigDict)
-        c = config.from_config_dict(values)
+    assert len(names) > 1 and len(set(names)) == len(names), (
+        f"rows of a sweep need names of their own: {names}"
+    )
+    configs = [config.from_config_dict(values) for _, values in rows]
+    assert len(set(configs)) == len(configs)
+    for c in configs:
         assert shape_of_run(c) == parameters.count(c.model).total
+
+
+def test_the_schedule_ablation_varies_the_two_interventions_only(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    rows = config.run_config_file("configs/sweeps/schedule.py:99m", "get_sweep")
+    arms = [config.from_config_dict(values) for _, values in rows]
+    assert {(c.schedule.lower_peak, c.schedule.remove_decay) for c in arms} == {
+        (True, True), (True, False), (False, True), (False, False)
+    }  # fmt: skip
+    for c in arms[1:]:
+        changed = {line.split(":")[0] for line in config.differences(arms[0], c)}
+        assert changed <= {"schedule.lower_peak", "schedule.remove_decay", "name"}
+        assert (
+            c.train.tokens == 100_000_000_000
+        )  # the paper's ablations see a third of the suite's tokens
+
+
+@pytest.mark.parametrize("family", [family for family, _ in FAMILIES.values()])
+def test_quickstart_has_every_family_in_one_shape(family):
+    c = config.load(f"{ROOT}/configs/quickstart.py:{family}")
+    base = config.load(f"{ROOT}/configs/quickstart.py:FloatLM")
+    assert c.model.weight == dict(FAMILIES.values())[family]
+    assert shape_of_run(c) == parameters.count(c.model).total
+    for name in "VDFLNKH":
+        assert getattr(c.model, name) == getattr(base.model, name)
+    assert c.seed == base.seed and c.data == base.data
 
 
 @pytest.mark.parametrize("path", FILES + SWEEPS, ids=lambda p: p.stem)
@@ -107,9 +159,8 @@ def test_every_file_opens_with_what_it_is_for(path):
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
     for field in ("Command:", "Chips:", "Loss:", "Answers:"):
         found = [line for line in text.splitlines() if line.startswith(field)]
-        assert len(found) == 1 and found[0].removeprefix(field).strip(), f"{path.name}: {field} is missing"
-    command = next(line for line in text.splitlines() if line.startswith("Command:"))
-    assert f"configs/{path.relative_to(ROOT / 'configs')}" in command or path.stem in command
+        assert len(found) == 1 and found[0].removeprefix(field).strip(), f"{path.name}: {field}"
+    assert path.stem in text.partition("Command:")[2].splitlines()[0]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -124,5 +175,7 @@ def test_every_argument_has_a_default(path):
 
 
 def test_unknown_size_names_the_known_ones():
-    with pytest.raises(config.UserError, match=r"no size '2b' in the suite; it has 99m, 190m, .*3\.9b"):
+    with pytest.raises(
+        config.UserError, match=r"no size '2b' in the suite; it has 99m, 190m, .*3\.9b"
+    ):
         config.load(f"{ROOT}/configs/trilm.py:2b")

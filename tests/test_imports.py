@@ -1,4 +1,4 @@
-"""Who may import whom: the arrows of the design, read from the source and not from what happens to be loaded."""
+"""Who may import whom: read from the source, not from what happens to be loaded."""
 
 import ast
 from collections.abc import Iterator
@@ -8,8 +8,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Layer -> the layers that it may import beside itself. A layer is a module or a package of spectra_jax; a file
-# belongs to the longest name here that its own begins with, so `train` is what of it has no row of its own.
+# Layer -> the layers that it may import beside itself. A layer is a module or a package of
+# spectra_jax; a file belongs to the longest name here that its own begins with, so `train` is what
+# of that package has no row of its own.
 BASE = {"errors", "schema", "suite", "config", "hardware", "progress"}
 MODEL = BASE | {"sharding", "weights", "model"}
 STEP = MODEL | {"train", "train.loss"}
@@ -39,7 +40,7 @@ ALLOWED = {
     "analysis": MODEL | {"checkpoint", "metrics", "serve"},
     "aot": STEP,
 }
-# Modules that exist for `python -m spectra_jax.COMMAND`: they hand over to the command line and do nothing else.
+# Modules that exist for `python -m spectra_jax.COMMAND`: they hand over to the command line.
 ENTRIES = {"prepare", "plot", "generate", "train.__main__", "evaluate.__main__"}
 ALLOWED |= dict.fromkeys(ENTRIES, {"cli"})
 # The command line, and commands that compose all the rest.
@@ -79,7 +80,7 @@ def is_main_guard(node: ast.AST) -> bool:
 
 
 def imports(node: ast.AST, package: list[str]) -> Iterator[str]:
-    """Dotted names that the code imports, those inside functions too; `from a import b` gives `a.b`."""
+    """Dotted names that the code imports, inside functions too; `from a import b` gives `a.b`."""
     for child in ast.iter_child_nodes(node):
         if is_main_guard(child):
             continue
@@ -117,12 +118,18 @@ def test_arrows_between_layers(path):
         allowed = ALLOWED[layer] | {layer}
     for name in imports_of(path):
         if under(name, "spectra_jax"):
-            assert layer_of(name) in allowed, f"{module} imports {name}; it may import {sorted(allowed)}"
+            assert layer_of(name) in allowed, (
+                f"{module} imports {name}; it may import {sorted(allowed)}"
+            )
 
 
 def test_arrows_never_turn_back():
-    """The table has no cycle: layers can be put in a line in which each imports only earlier ones."""
-    rest = {layer: set(allowed) - {layer} for layer, allowed in ALLOWED.items() if layer not in COMMANDS | ENTRIES}
+    """The table has no cycle: layers stand in a line in which each imports only earlier ones."""
+    rest = {
+        layer: set(allowed) - {layer}
+        for layer, allowed in ALLOWED.items()
+        if layer not in COMMANDS | ENTRIES
+    }
     while rest:
         free = {layer for layer, needs in rest.items() if not needs & set(rest)}
         assert free, f"these layers import one another: {sorted(rest)}"
@@ -135,7 +142,9 @@ def test_packages_with_an_owner(path):
     for name in imports_of(path):
         for package, owners in OWNERS.items():
             if under(name, package):
-                assert layer in owners, f"{module_of(path)} imports {name}; only {sorted(owners)} may"
+                assert layer in owners, (
+                    f"{module_of(path)} imports {name}; only {sorted(owners)} may"
+                )
 
 
 def test_kernels_are_reached_through_their_api_only():
@@ -156,7 +165,11 @@ def test_kernels_know_nothing_of_the_project():
 def test_no_private_jax(folder):
     for path in sources(folder):
         tree = ast.parse(path.read_text())
-        private = [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "_src"]
+        private = [
+            ast.unparse(n)
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Attribute) and n.attr == "_src"
+        ]
         private += [n for n in imports_of(path) if under(n, "jax._src")]
         assert not private, f"{path.relative_to(ROOT)}: {private}"
 

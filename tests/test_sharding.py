@@ -63,16 +63,22 @@ def test_meshes_that_do_not_fit(wanted, devices, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (run(batch=12), "data.batch=12 in 1 microbatches of 12 is not divisible by the data axes (1 x 8); use 16"),
+        (
+            run(batch=12),
+            "batch=12 in 1 microbatches of 12 is not divisible by the data axes (1 x 8); use 16",
+        ),
         (run(Mesh(2, 4, 1), batch=12), "is not divisible by the data axes (2 x 4); use 16"),
-        (run(batch=16, accumulate=4), "data.batch=16 in 4 microbatches of 4 is not divisible by the data axes (1 x 8); use 32"),
+        (
+            run(batch=16, accumulate=4),
+            "batch=16 in 4 microbatches of 4 is not divisible by the data axes (1 x 8); use 32",
+        ),
         (run(D=36), "config.model.D=36 is not divisible by the data axis (8)"),
         (run(Mesh(model=4), N=6, K=6), "config.model.N=6 is not divisible by the model axis (4)"),
         (run(Mesh(model=4), K=2), "config.model.K=2 is not divisible by the model axis (4)"),
         (run(Mesh(model=4), F=50), "config.model.F=50 is not divisible by the model axis (4)"),
         (run(Mesh(model=4), V=50), "config.model.V=50 is not divisible by the model axis (4)"),
     ],
-)  # fmt: skip
+)
 def test_runs_that_do_not_fit_on_their_mesh(config, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         sharding.make_mesh(config)

@@ -1,4 +1,4 @@
-"""The suite's tables: parameter counts and sizes in bits, digit by digit, and the model that has them."""
+"""The suite's tables: parameter counts and sizes in bits, digit by digit, and the real model."""
 
 import jax
 import pytest
@@ -19,8 +19,15 @@ COUNTS = {
     "3.9b": (3_680_501_760, 311_427_072, 187_392),
 }
 TOTALS_50304 = {
-    "99m": 99_762_688, "190m": 190_538_496, "390m": 392_479_744, "560m": 569_242_880, "830m": 834_086_400,
-    "1.1b": 1_149_261_568, "1.5b": 1_514_768_384, "2.4b": 2_461_476_096, "3.9b": 3_989_756_928,
+    "99m": 99_762_688,
+    "190m": 190_538_496,
+    "390m": 392_479_744,
+    "560m": 569_242_880,
+    "830m": 834_086_400,
+    "1.1b": 1_149_261_568,
+    "1.5b": 1_514_768_384,
+    "2.4b": 2_461_476_096,
+    "3.9b": 3_989_756_928,
 }
 VOCABULARIES = dict.fromkeys(COUNTS, 50304) | {"1.1b": 50432, "1.5b": 50432, "3.9b": 50688}
 
@@ -65,7 +72,9 @@ def test_counts_are_the_models(name):
 
 def test_table_4():
     found = {
-        family: tuple(round(suite.paper_size_in_bits(s, family) / 1e9, 2) for s in suite.SIZES.values())
+        family: tuple(
+            round(suite.paper_size_in_bits(s, family) / 1e9, 2) for s in suite.SIZES.values()
+        )
         for family in TABLE_4
     }
     assert found == TABLE_4
@@ -79,9 +88,13 @@ def test_bilm_bits():
 
 def test_trilm_is_as_much_smaller_as_the_paper_says():
     largest = suite.SIZES["3.9b"]
-    ratio = suite.paper_size_in_bits(largest, "FloatLM") / suite.paper_size_in_bits(largest, "TriLM")
+    ratio = suite.paper_size_in_bits(largest, "FloatLM") / suite.paper_size_in_bits(
+        largest, "TriLM"
+    )
     assert round(ratio, 1) == 5.9  # section 4.3
-    assert suite.paper_size_in_bits(largest, "TriLM") < suite.paper_size_in_bits(suite.SIZES["830m"], "FloatLM")
+    assert suite.paper_size_in_bits(largest, "TriLM") < suite.paper_size_in_bits(
+        suite.SIZES["830m"], "FloatLM"
+    )
 
 
 def test_slimpajama_sums_to_300_billion():

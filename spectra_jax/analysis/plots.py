@@ -121,12 +121,14 @@ def loss_curves(
         return _save(figure, path)
 
 
-def bits_versus_loss(rows: Sequence[Mapping[str, Any]], path: Path | str) -> Figure:
+def bits_versus_loss(
+    rows: Sequence[Mapping[str, Any]], path: Path | str, *, accounting: str = "stored bits"
+) -> Figure:
     """Size against loss, one point per model, the models of a family joined by a line.
 
     rows: each with "name" (str), "family" (str; QuantLM-3 and QuantLM-4 get a line each), "bits"
-    (stored bits of the whole model), "loss" (validation, nats per token) and optionally "loss_se"
-    (its standard error, drawn as a bar).
+    (of the whole model, in the `accounting` that the axis names), "loss" (validation, nats per
+    token) and optionally "loss_se" (its standard error, drawn as a bar).
 
     Raises:
       UserError: no rows.
@@ -154,7 +156,7 @@ def bits_versus_loss(rows: Sequence[Mapping[str, Any]], path: Path | str) -> Fig
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(y=0.15)
-        axes.set(title="Model size against validation loss", xlabel="model size (bits)",
+        axes.set(title="Model size against validation loss", xlabel=f"model size ({accounting})",
                  ylabel="loss (nats per token)")
         axes.legend(loc="best")
         return _save(figure, path)

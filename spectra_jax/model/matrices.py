@@ -5,6 +5,7 @@ the backward pass, and by the same expression that freezing uses, so that both f
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 from jaxtyping import Array
@@ -52,3 +53,13 @@ def stacked_statistics(m: Model, ws: Mapping[Key, Array | Frozen]) -> dict[Key, 
         qkv = [("attention", name) for name in "qkv"]
         found |= dict.fromkeys(qkv, take(*qkv))
     return found
+
+
+def stacked_codes(
+    m: Model, ws: Mapping[Key, Array], statistics: Mapping[Key, Statistics]
+) -> dict[Key, Array]:
+    """Codes of every kind of latent matrix, stacked over layers: (L, in, out) int8."""
+    rule = get_rule(m.weight)
+    return {
+        key: jax.vmap(partial(rule.codes, shards=shards_of(m, key)))(w, statistics[key]) for key, w in ws.items()
+    }

@@ -41,11 +41,12 @@ class Attention(nnx.Module):
 
     def __init__(self, m: Model, rules: Rules, *, rngs: nnx.Rngs):
         self.m, self.rules = m, rules
+        cut, last = partial(shards_of, m), residual_std(m)
         make = partial(Linear, rule=get_rule(m.weight), rules=rules, rngs=rngs)
-        self.q = make((m.D, m.N * m.H), ("embed", "heads"), shards=shards_of(m, ("attention", "q")), std=m.init_std)
-        self.k = make((m.D, m.K * m.H), ("embed", "heads"), shards=shards_of(m, ("attention", "k")), std=m.init_std)
-        self.v = make((m.D, m.K * m.H), ("embed", "heads"), shards=shards_of(m, ("attention", "v")), std=m.init_std)
-        self.o = make((m.N * m.H, m.D), ("heads", "embed"), shards=shards_of(m, ("attention", "o")), std=residual_std(m))
+        self.q = make((m.D, m.N * m.H), ("embed", "heads"), shards=cut(("attention", "q")), std=m.init_std)
+        self.k = make((m.D, m.K * m.H), ("embed", "heads"), shards=cut(("attention", "k")), std=m.init_std)
+        self.v = make((m.D, m.K * m.H), ("embed", "heads"), shards=cut(("attention", "v")), std=m.init_std)
+        self.o = make((m.N * m.H, m.D), ("heads", "embed"), shards=cut(("attention", "o")), std=last)
 
     def __call__(self, x: Float[Array, "B T D"], tables: tuple, scales: Scales) -> Float[Array, "B T D"]:
         """What attention adds to the residual stream."""
@@ -66,10 +67,11 @@ class MLP(nnx.Module):
 
     def __init__(self, m: Model, rules: Rules, *, rngs: nnx.Rngs):
         self.rules = rules
+        cut, last = partial(shards_of, m), residual_std(m)
         make = partial(Linear, rule=get_rule(m.weight), rules=rules, rngs=rngs)
-        self.gate = make((m.D, m.F), ("embed", "ffn"), shards=shards_of(m, ("mlp", "gate")), std=m.init_std)
-        self.up = make((m.D, m.F), ("embed", "ffn"), shards=shards_of(m, ("mlp", "up")), std=m.init_std)
-        self.down = make((m.F, m.D), ("ffn", "embed"), shards=shards_of(m, ("mlp", "down")), std=residual_std(m))
+        self.gate = make((m.D, m.F), ("embed", "ffn"), shards=cut(("mlp", "gate")), std=m.init_std)
+        self.up = make((m.D, m.F), ("embed", "ffn"), shards=cut(("mlp", "up")), std=m.init_std)
+        self.down = make((m.F, m.D), ("ffn", "embed"), shards=cut(("mlp", "down")), std=last)
 
     def __call__(self, x: Float[Array, "B T D"], scales: Scales) -> Float[Array, "B T D"]:
         """What the MLP adds to the residual stream."""
@@ -138,7 +140,8 @@ class Transformer(nnx.Module):
             return module(x, tables, scales), None
 
         if m.remat != "none":
-            block = jax.checkpoint(block, policy=REMAT[m.remat], prevent_cse=False)
+            # Inside a loop nothing can be merged with the forward pass; in unrolled code it has to be prevented.
+            block = jax.checkpoint(block, policy=REMAT[m.remat], prevent_cse=m.unroll > 1)
         x, _ = jax.lax.scan(block, x, (self.blocks, self.scales()), unroll=min(m.unroll, m.L))
         return self.norm(x)
 

@@ -19,7 +19,6 @@ from spectra_jax.schema import Config, Mesh
 from spectra_jax.sharding import make_mesh
 from spectra_jax.train.workdir import read_config
 
-
 EVALUATION_BATCH = 8  # sequences per device: enough to be quick, small enough for any machine
 
 

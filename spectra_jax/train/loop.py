@@ -217,8 +217,11 @@ class Run:
         record = {"loss": mean, "tokens": done * config.tokens_per_step}
         record |= {name: asdict(quality) for name, quality in found.items()}
         self.writer.write(done, "eval", record)
-        text = ", ".join(f"{n} {q.loss:.4f} +- {q.loss_error:.4f} ({q.bits_per_byte:.4f} bits/byte)" for n, q in found.items())
-        self.progress.message(f"step {done}: validation loss {text}")
+        for name, q in found.items():
+            self.progress.message(
+                f"step {done}: validation loss on {name} {q.loss:.4f} +- {q.loss_error:.4f} "
+                f"({q.bits_per_byte:.4f} bits/byte)"
+            )
         self.last["eval"] = {"step": done, **record}
 
     def save(self, done: int, state: State) -> None:
@@ -236,8 +239,8 @@ class Run:
         shape = " x ".join(f"{n} {axis}" for axis, n in self.mesh.shape.items())
         where = f"resuming after step {start}" if start else "from scratch"
         return (
-            f"{c.family} {c.name}: {parameters.total:,} parameters ({parameters.linear:,} in {c.model.weight} matrices), "
-            f"{c.steps:,} steps of {c.data.batch} x {c.data.T} tokens, {where}, into {workdir}\n"
+            f"{c.family} {c.name}: {parameters.total:,} parameters ({parameters.linear:,} in {c.model.weight} "
+            f"matrices), {c.steps:,} steps of {c.data.batch} x {c.data.T} tokens, {where}, into {workdir}\n"
             f"{self.mesh.size} device(s) ({shape}), compute {compute_dtype(c.model)}, "
             f"{self.flops / 1e6:,.1f} MFLOP per token, peak: {self.peak.source}"
         )

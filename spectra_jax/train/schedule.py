@@ -4,6 +4,8 @@ FloatLM: warm-up, then a cosine. TriLM and BiLM: warm-up, then a straight line w
 the peak is lowered at half of training, weight decay is removed at two thirds. BitNet: the same at one half.
 """
 
+from fractions import Fraction
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -23,7 +25,7 @@ def learning_rate(s: Schedule, steps: int, step: Int[Array, ""] | int) -> Float[
     (0, peak) - (lower_at, lowered_peak) - (1, 0) by straight lines, as some reproductions of BitNet do.
     """
     t = jnp.asarray(step, jnp.float32) / steps
-    late = t >= s.lower_at
+    late = jnp.asarray(step) >= _first_step(s.lower_at, steps)
     if s.shape == "cosine":
         fraction, peak = 0.5 * (1.0 + jnp.cos(jnp.pi * t)), s.peak
         if s.lower_peak:
@@ -47,7 +49,7 @@ def weight_decay(s: Schedule, decay: float, steps: int, step: Int[Array, ""] | i
     """Weight decay of update number `step`: `decay`, then 0 once it is removed."""
     if not s.remove_decay:
         return jnp.asarray(decay, jnp.float32)
-    return jnp.where(jnp.asarray(step, jnp.float32) / steps >= s.remove_at, 0.0, decay)
+    return jnp.where(jnp.asarray(step) >= _first_step(s.remove_at, steps), 0.0, decay)
 
 
 def interventions(config: Config) -> dict[int, str]:
@@ -62,4 +64,5 @@ def interventions(config: Config) -> dict[int, str]:
 
 
 def _first_step(fraction: float, steps: int) -> int:
-    return -int(-fraction * steps // 1)
+    """The first step at or past `fraction` of all, as it was written: 0.07 of 100 is 7, which floats make 8."""
+    return -int(-Fraction(str(fraction)) * steps // 1)

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from spectra_jax.model.matrices import shards_of, stacked_statistics
+from spectra_jax.model.matrices import Key, stacked_codes, stacked_statistics
 from spectra_jax.model.parameters import block_matrices
 from spectra_jax.schema import Model
-from spectra_jax.weights import get_rule
 
-Codes = dict[str, Array]
+Codes = dict[Key, Array]
 
 
 def make_weight_stats(m: Model) -> Callable[[PyTree, Codes | None], tuple[dict[str, dict[str, Array]], Codes]]:
@@ -22,19 +21,17 @@ def make_weight_stats(m: Model) -> Callable[[PyTree, Codes | None], tuple[dict[s
 
     and the present codes, for the next call. Jit it.
     """
-    rule = get_rule(m.weight)
 
     def stats(parameters: PyTree, earlier: Codes | None) -> tuple[dict[str, dict[str, Array]], Codes]:
         ws = block_matrices(parameters)
         statistics = stacked_statistics(m, ws)
-        found, codes = {}, {}
-        for key, w in ws.items():
-            kind, shards = key[1], shards_of(m, key)
-            now = jax.vmap(lambda w, s: rule.codes(w, s, shards))(w, statistics[key])
+        codes = stacked_codes(m, ws, statistics)
+        found = {}
+        for key, now in codes.items():
+            kind = key[1]
             found[kind] = {"zeros": jnp.mean(now == 0), "scale": jnp.mean(statistics[key].scale)}
             if earlier is not None:
-                found[kind]["flips"] = jnp.mean(now != earlier[kind])
-            codes[kind] = now
+                found[kind]["flips"] = jnp.mean(now != earlier[key])
         return found, codes
 
     return stats

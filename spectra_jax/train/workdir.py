@@ -76,7 +76,7 @@ def _refuse_changes(path: Path, config: Config, loader: Loader) -> None:
         if not line.startswith(FREE)
     ]
     if there["data_fingerprint"] != loader.fingerprint:
-        changes.append(f"data: {there['data_fingerprint'][:12]} -> {loader.fingerprint[:12]} (fingerprints of the sets)")
+        changes.append(f"data fingerprint: {there['data_fingerprint'][:12]} -> {loader.fingerprint[:12]}")
     if changes:
         raise UserError(
             f"{path.parent} holds another run; these differ:\n  " + "\n  ".join(changes)

@@ -160,7 +160,7 @@ def test_bits_versus_loss_has_a_point_and_a_bar_per_model(tmp_path):
     figure = plots.bits_versus_loss(ROWS, tmp_path / "bits.png")
     assert_picture(tmp_path / "bits.png")
     axes = figure.axes[0]
-    assert axes.get_xscale() == "log" and axes.get_xlabel() == "model size (bits)"
+    assert axes.get_xscale() == "log" and axes.get_xlabel() == "model size (stored bits)"
     assert axes.get_ylabel() == "loss (nats per token)"
     assert legend_texts(figure) == ["FloatLM", "TriLM"]
     assert [text.get_text() for text in axes.texts] == ["FloatLM", "TriLM"]

@@ -25,7 +25,9 @@ def attention64(q, k, v):
 
 def draw(T, K, seed=0):
     rng = np.random.default_rng(seed)
-    return [jnp.asarray(2 * rng.standard_normal((B, T, heads, H)), jnp.float32) for heads in (N, K, K)]
+    return [
+        jnp.asarray(2 * rng.standard_normal((B, T, heads, H)), jnp.float32) for heads in (N, K, K)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -75,5 +77,7 @@ def test_low_precision_keeps_its_dtype_and_softmax_in_float32():
 
 def test_unknown_attention():
     assert set(ATTENTION) == {"reference", "causal_blocks"}
-    with pytest.raises(UserError, match="attention='causal_block' is not one of .*; did you mean causal_blocks?"):
+    with pytest.raises(
+        UserError, match="attention='causal_block' is not one of .*; did you mean causal_blocks?"
+    ):
         get_attention("causal_block")

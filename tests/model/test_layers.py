@@ -22,10 +22,14 @@ def test_rms_norm(eps):
 
 def test_rms_norm_of_low_precision_takes_its_statistics_in_float32():
     x = jnp.full((1, 1, 4096), 1.0, jnp.bfloat16) * 0.01
-    out = RMSNorm(4096, 1e-5)(x)  # a sum of 4096 squares in bfloat16 would stop growing at 256 of them
+    out = RMSNorm(4096, 1e-5)(
+        x
+    )  # a sum of 4096 squares in bfloat16 would stop growing at 256 of them
     assert out.dtype == jnp.bfloat16
     value = float(x[0, 0, 0])
-    np.testing.assert_allclose(out.astype(jnp.float32), value / np.sqrt(value**2 + 1e-5), rtol=2**-8)
+    np.testing.assert_allclose(
+        out.astype(jnp.float32), value / np.sqrt(value**2 + 1e-5), rtol=2**-8
+    )
 
 
 @pytest.mark.parametrize("base", [10_000.0, 500_000.0])
@@ -41,7 +45,10 @@ def test_rotation_multiplies_complex_pairs(base):
 def test_scores_depend_on_the_distance_only():
     q, k = np.random.default_rng(2).standard_normal((2, 1, 1, 1, H))
     tables = rotary_tables(40, H, 100.0)
-    turned = [rotate(jnp.tile(jnp.asarray(a, jnp.float32), (1, 40, 1, 1)), tables)[0, :, 0] for a in (q, k)]
+    turned = [
+        rotate(jnp.tile(jnp.asarray(a, jnp.float32), (1, 40, 1, 1)), tables)[0, :, 0]
+        for a in (q, k)
+    ]
     scores = np.asarray(turned[0] @ turned[1].T)
     for distance in (0, 3, 17):
         along = np.diagonal(scores, -distance)

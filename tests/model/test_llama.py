@@ -1,7 +1,7 @@
-"""The whole model against an independent one: transformers' LlamaForCausalLM on the same weights, in float32.
+"""The whole model against transformers' LlamaForCausalLM on the same weights, in float32.
 
-For quantized rules the effective matrices are copied. Straight through, the gradient of a latent weight is the
-gradient of the effective one, so Llama's gradients are the expected ones there too.
+For quantized rules the effective matrices are copied. Straight through, the gradient of a latent
+weight is the gradient of the effective one, so Llama's gradients are the expected ones there too.
 """
 
 import dataclasses
@@ -20,10 +20,14 @@ from spectra_jax.schema import Model
 SMALL = Model(V=61, D=32, F=48, L=2, N=4, K=4, H=8, attention_blocks=2)
 B, T = 2, 11
 NAMES = {
-    ("attention", "q"): "self_attn.q_proj", ("attention", "k"): "self_attn.k_proj",
-    ("attention", "v"): "self_attn.v_proj", ("attention", "o"): "self_attn.o_proj",
-    ("mlp", "gate"): "mlp.gate_proj", ("mlp", "up"): "mlp.up_proj", ("mlp", "down"): "mlp.down_proj",
-}  # fmt: skip
+    ("attention", "q"): "self_attn.q_proj",
+    ("attention", "k"): "self_attn.k_proj",
+    ("attention", "v"): "self_attn.v_proj",
+    ("attention", "o"): "self_attn.o_proj",
+    ("mlp", "gate"): "mlp.gate_proj",
+    ("mlp", "up"): "mlp.up_proj",
+    ("mlp", "down"): "mlp.down_proj",
+}
 
 
 def tokens_for(m: Model) -> np.ndarray:
@@ -43,26 +47,42 @@ def llama_of(m: Model, tree: dict) -> LlamaForCausalLM:
         LlamaConfig(
             vocab_size=m.V, hidden_size=m.D, intermediate_size=m.F, num_hidden_layers=m.L,
             num_attention_heads=m.N, num_key_value_heads=m.K, head_dim=m.H, hidden_act="silu",
-            rms_norm_eps=m.norm_eps, rope_parameters={"rope_type": "default", "rope_theta": m.rope_base},
+            rms_norm_eps=m.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": m.rope_base},
             tie_word_embeddings=m.tie_embeddings, attention_bias=False, mlp_bias=False,
             max_position_embeddings=64, attn_implementation="eager",
         )
     )  # fmt: skip
     blocks = tree["blocks"]
-    state = {"model.embed_tokens.weight": tree["embedding"], "model.norm.weight": tree["norm"]["gain"]}
+    state = {
+        "model.embed_tokens.weight": tree["embedding"],
+        "model.norm.weight": tree["norm"]["gain"],
+    }
     state["lm_head.weight"] = tree["embedding"] if m.tie_embeddings else tree["head"].T
     for layer in range(m.L):
         prefix = f"model.layers.{layer}"
         for (module, name), theirs in NAMES.items():
             state[f"{prefix}.{theirs}.weight"] = blocks[module][name]["w"][layer].T
-        for ours, theirs in (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")):
+        for ours, theirs in (
+            ("attention_norm", "input_layernorm"),
+            ("mlp_norm", "post_attention_layernorm"),
+        ):
             gain = blocks[ours]["gain"][layer] if ours in blocks else jnp.ones(m.D)
             state[f"{prefix}.{theirs}.weight"] = gain
     llama.load_state_dict({name: torch.tensor(np.array(w)) for name, w in state.items()})
     return llama
 
 
-def compare(m: Model, tree: dict, llama: LlamaForCausalLM, tokens: np.ndarray, gradients, found, *, atol: float):
+def compare(
+    m: Model,
+    tree: dict,
+    llama: LlamaForCausalLM,
+    tokens: np.ndarray,
+    gradients,
+    found,
+    *,
+    atol: float,
+):
     """Loss, logits and the gradient of every parameter."""
     value, logits = found
     output = llama(torch.tensor(tokens[:, :-1]))
@@ -113,7 +133,9 @@ def test_float_is_llama(build, changes):
 def ternary64(ws: list[np.ndarray], count: int, axis: int) -> list[np.ndarray]:
     """Effective matrices of TriLM, scales shared by all of `ws`, in float64."""
     pieces = [np.split(w.astype(np.float64), count, axis=axis) for w in ws]
-    scales = [1e-5 + np.abs(np.concatenate([p[s].ravel() for p in pieces])).mean() for s in range(count)]
+    scales = [
+        1e-5 + np.abs(np.concatenate([p[s].ravel() for p in pieces])).mean() for s in range(count)
+    ]
     codes = [[np.round(np.clip(p[s] / scales[s], -1, 1)) for s in range(count)] for p in pieces]
     return [np.concatenate([c * g for c, g in zip(code, scales)], axis=axis) for code in codes]
 
@@ -144,8 +166,8 @@ def test_ternary_is_llama_with_effective_matrices(build, share):
 def test_bitnet_is_llama_with_bit_linears(build):
     """BitNet's layers normalise their input, so the norms before attention and MLP fall away.
 
-    An activation within float32's error of a tie could round to either of two of its 255 levels; with these weights
-    none is: noise of 3e-7 on the embeddings moves the logits by 2e-6 at most.
+    An activation within float32's error of a tie could round to either of two of its 255 levels.
+    With these weights none is: noise of 3e-7 on the embeddings moves the logits by 2e-6 at most.
     """
     m = dataclasses.replace(SMALL, K=2, weight="bitnet158")
     (graphdef, tree), tokens = build(m), tokens_for(m)
@@ -156,7 +178,11 @@ def test_bitnet_is_llama_with_bit_linears(build):
         for name in NAMES.values():
             plain = block.get_submodule(name)
             quantized = AutoBitLinear(
-                plain.in_features, plain.out_features, bias=False, online_quant=True, use_rms_norm=True
+                plain.in_features,
+                plain.out_features,
+                bias=False,
+                online_quant=True,
+                use_rms_norm=True,
             )
             quantized.weight.data = plain.weight.data
             block.set_submodule(name, quantized)

@@ -1,4 +1,4 @@
-"""BitNet b1.58 against the public implementation: the online-quantized linear layer of transformers."""
+"""BitNet b1.58 against a public implementation: the online linear layer of transformers."""
 
 import jax
 import jax.numpy as jnp

@@ -29,7 +29,9 @@ def test_product():
     ):
         frozen = Frozen(jnp.asarray(codes), jnp.asarray(scales), axis)
         np.testing.assert_array_equal(frozen.dequantize(), dense)
-        np.testing.assert_allclose(matmul(jnp.asarray(x), frozen), x.astype(np.float64) @ dense, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            matmul(jnp.asarray(x), frozen), x.astype(np.float64) @ dense, rtol=1e-5, atol=1e-6
+        )
         low = matmul(jnp.asarray(x, jnp.bfloat16), frozen)
         assert low.dtype == jnp.bfloat16
 

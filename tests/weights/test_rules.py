@@ -1,6 +1,7 @@
-"""Every weight rule against float64 arithmetic: what it stores, what the product sees, and what flows back.
+"""Every weight rule against float64 arithmetic: what it stores, what it computes, what flows back.
 
-The references below follow the papers' formulas one shard at a time, in numpy, and share no code with the package.
+The references below follow the papers' formulas one shard at a time, in numpy, and share no code
+with the package.
 """
 
 import jax
@@ -27,7 +28,9 @@ def latent(*shape: int, seed: int = 0) -> np.ndarray:
     return (ramp * (0.02 * rng.standard_normal(shape) + 0.004)).astype(np.float32)
 
 
-def reference(name: str, ws: list[np.ndarray], cut: tuple[int, int]) -> list[tuple[np.ndarray, np.ndarray]]:
+def reference(
+    name: str, ws: list[np.ndarray], cut: tuple[int, int]
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """(codes, scales) of matrices that share their scales, in float64."""
     count, axis = cut
     pieces = [np.split(w.astype(np.float64), count, axis=axis) for w in ws]
@@ -35,11 +38,17 @@ def reference(name: str, ws: list[np.ndarray], cut: tuple[int, int]) -> list[tup
     for shard in range(count):
         values = np.concatenate([p[shard].ravel() for p in pieces])
         mean, magnitude = values.mean(), np.abs(values).mean()
-        scale = {"ternary": 1e-5 + magnitude, "binary": magnitude, "bitnet158": max(magnitude, 1e-5)}[name]
+        scale = {
+            "ternary": 1e-5 + magnitude,
+            "binary": magnitude,
+            "bitnet158": max(magnitude, 1e-5),
+        }[name]
         for (codes, scales), p in zip(found, pieces):
             scaled = p[shard] / scale
             if name == "binary":
-                assert np.min(np.abs(p[shard] - mean)) > 1e-7 * scale, "too near to a tie for float32"
+                assert np.min(np.abs(p[shard] - mean)) > 1e-7 * scale, (
+                    "too near to a tie for float32"
+                )
                 codes.append(np.sign(p[shard] - mean))
             else:
                 assert np.min(np.abs(np.abs(scaled) - 0.5)) > 1e-6, "too near to a tie for float32"
@@ -101,9 +110,11 @@ def test_float_is_the_latent_weight():
 
 @pytest.mark.parametrize("name", ["ternary", "bitnet158"])
 def test_ties_round_to_even(name):
-    """Half a scale gives 0 and one and a half scales 1, as in torch; the next float above half gives 1."""
+    """Half a scale gives 0, as in torch; the next float above half gives 1."""
     rule = get_rule(name)
-    w = jnp.asarray([[0.5, -0.5, 1.5, -1.5, np.nextafter(np.float32(0.5), np.float32(1)), 0.49, 1.0, -1.0]])
+    w = jnp.asarray(
+        [[0.5, -0.5, 1.5, -1.5, np.nextafter(np.float32(0.5), np.float32(1)), 0.49, 1.0, -1.0]]
+    )
     statistics = jax.tree.map(jnp.ones_like, rule.statistics([w], Shards()))  # a scale of 1
     np.testing.assert_array_equal(rule.codes(w, statistics, Shards()), [[0, 0, 1, -1, 1, 0, 1, -1]])
 
@@ -111,7 +122,11 @@ def test_ties_round_to_even(name):
 def test_epsilons():
     """TriLM adds 1e-5 to the mean; BitNet bounds it by 1e-5 from below; BiLM has none."""
     tiny, w = jnp.full((4, 4), 1e-6), jnp.full((4, 4), 1e-3)
-    for name, of_tiny, of_w in (("ternary", 1.1e-5, 1.01e-3), ("bitnet158", 1e-5, 1e-3), ("binary", 1e-6, 1e-3)):
+    for name, of_tiny, of_w in (
+        ("ternary", 1.1e-5, 1.01e-3),
+        ("bitnet158", 1e-5, 1e-3),
+        ("binary", 1e-6, 1e-3),
+    ):
         for values, scale in ((tiny, of_tiny), (w, of_w)):
             found = get_rule(name).statistics([values], Shards()).scale
             np.testing.assert_allclose(found, [scale], rtol=1e-6)
@@ -144,7 +159,9 @@ def test_binary_is_centred():
 
 
 def test_unknown_rule():
-    with pytest.raises(UserError, match="model.weight='trenary' is not one of float, .*; did you mean ternary?"):
+    with pytest.raises(
+        UserError, match="model.weight='trenary' is not one of float, .*; did you mean ternary?"
+    ):
         get_rule("trenary")
     assert set(RULES) == {"float", "ternary", "binary", "bitnet158"}
     assert {name: RULES[name].paper_bits for name in RULES} == {
@@ -170,7 +187,7 @@ def test_frozen_forward_is_the_training_forward(name, cut, dtype):
     expected = train(x, w, take(w))
     assert expected.dtype == dtype
     np.testing.assert_array_equal(serve(x, frozen), expected)
-    # frozen outside of jit as well: the scale of a matrix does not depend on how it was compiled
+    # Codes and their product round alike outside of jit; sums need not, so the scales are its own.
     eager = rule.freeze(w, take(w), shards)
     np.testing.assert_array_equal(serve(x, eager), expected)
 
@@ -187,7 +204,7 @@ def normalise64(x: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
 def loss_and_gradients64(name, x, effective, target):
     """mean(tanh(a(x) W)^2 * target) with a the rule's activation, and its gradients by hand.
 
-    Straight through: the product sees W_effective and the 8-bit activations, the gradient that of them.
+    Straight through: the product sees W_effective and the 8-bit activations, and so does dL/dW.
     """
     x, target = x.astype(np.float64), target.astype(np.float64)
     h = x
@@ -263,7 +280,9 @@ def test_tokens_have_255_levels():
 def test_normalisation_has_no_gain_and_keeps_the_dtype():
     x = 3 * np.random.default_rng(6).standard_normal((4, 32))
     expected, _ = normalise64(x, 1e-6)
-    np.testing.assert_allclose(rms_normalise(jnp.asarray(x, jnp.float32), 1e-6), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        rms_normalise(jnp.asarray(x, jnp.float32), 1e-6), expected, rtol=1e-5
+    )
     low = rms_normalise(jnp.asarray(x, jnp.bfloat16), 1e-6)
     assert low.dtype == jnp.bfloat16
     np.testing.assert_array_equal(rms_normalise(jnp.zeros((2, 4)), 1e-6), np.zeros((2, 4)))

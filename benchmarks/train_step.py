@@ -1,0 +1,400 @@
+"""Speed and memory of one training step, against PyTorch on the same weights, batches and maths.
+
+    python benchmarks/train_step.py [--shape="D256 F640 L8 N4 V8192 B8 T512"] [--device=cpu|gpu]
+
+Every contender is a process of its own, so that its peak memory is its own. All are started and
+warmed up, then asked in turn, round after round, for a few timed steps: the noise of the machine hits
+all alike, and only one computes at a time. Ratios are medians over the rounds of the ratio within a
+round. The losses of the first five steps must agree, or the exit status is 1. The last line of the
+output is JSON with everything, the only place for absolute times.
+
+Contenders: torch-eager and torch-compile; float and tri (layers unrolled, everything kept for the
+backward pass); float-remat and tri-remat (a scan over layers that keeps block inputs only).
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from spectra_jax import config as configs
+from spectra_jax import suite
+from spectra_jax.errors import UserError
+from spectra_jax.schema import Config, Data, Model, Schedule, Train, check
+
+CONTENDERS = ("torch-compile", "torch-eager", "float", "float-remat", "tri", "tri-remat")
+SHAPE = "D256 F640 L8 N4 V8192 B8 T512"
+QUICK = "D64 F160 L2 N2 V512 B2 T64"
+FIRST = 5  # steps whose losses are compared, which also warm up
+# How far those losses may be apart: the same to 4 decimals, or what bfloat16 lets one expect.
+TOLERANCE = {"float32": 5e-5, "bfloat16": 2e-2}
+
+
+def make_config(shape: str, device: str, overrides: Sequence[str]) -> Config:
+    """What the contenders share; the learning rate is constant: a line that ends where it starts.
+
+    Args:
+      shape: letters with numbers ("D256 L8"), after a size of the suite if one is named ("99m B4").
+
+    Raises:
+      UserError: a part of the shape is neither, or it breaks a rule.
+    """
+    sizes = dict(re.findall(r"(\w)(\d+)", SHAPE))
+    for part in re.split(r"[\s,]+", shape.strip()):
+        if part in suite.SIZES:
+            row = suite.SIZES[part]
+            sizes |= dict(D=row.D, F=row.F, L=row.L, N=row.N, V=row.V, T=suite.CONTEXT)
+        elif re.fullmatch(r"[DFLNVBT]\d+", part):
+            sizes[part[0]] = part[1:]
+        else:
+            raise UserError(
+                f"--shape: {part!r} is neither a letter of {SHAPE!r} with its number nor a size "
+                f"of the suite ({', '.join(suite.SIZES)})"
+            )
+    D, F, L, N, V, B, T = (int(sizes[name]) for name in "DFLNVBT")
+    if N < 1 or D % N:
+        raise UserError(f"--shape: D={D} is not divisible by N={N} heads")
+    config = Config(
+        model=Model(
+            D=D, F=F, L=L, N=N, K=N, H=D // N, V=V,
+            compute_dtype={"cpu": "float32", "gpu": "bfloat16"}[device],
+        ),
+        data=Data(batch=B, T=T),
+        train=Train(steps=1_000_000),
+        schedule=Schedule(shape="linear", peak=1e-3, warmup=0, final=1.0),
+    )
+    return configs.override(check(config), overrides)
+
+
+def batch(config: Config, step: int) -> np.ndarray:
+    """Records (B, T + 1) of a step: independent tokens, low ids far more frequent than high ones."""
+    size = (config.data.batch, config.data.T + 1)
+    uniform = np.random.default_rng([config.seed, step]).random(size)
+    return (config.model.V * uniform**3).astype(np.int32)
+
+
+# What runs in a contender's process: nothing of the other framework is loaded there.
+
+
+class Ours:
+    """A contender: the step of `spectra train`."""
+
+    def __init__(self, config: Config, name: str):
+        import jax
+
+        from spectra_jax.sharding import make_mesh
+        from spectra_jax.train.step import init_state, make_step
+
+        how = dict(remat="full") if name.endswith("-remat") else dict(unroll=config.model.L)
+        weight = {"float": "float", "tri": "ternary"}[name.removesuffix("-remat")]
+        self.config = replace(config, model=replace(config.model, weight=weight, **how))
+        self.jax, self.device = jax, jax.devices()[0]
+        jax.set_mesh(make_mesh(self.config, [self.device]))
+        self.state = jax.jit(partial(init_state, self.config))(jax.random.key(config.seed))
+        self.step = jax.jit(make_step(self.config), donate_argnums=0)
+
+    def batch(self, tokens: np.ndarray):
+        """Records (B, T + 1) on the device."""
+        return self.jax.device_put(tokens, self.device)
+
+    def steps(self, batches: Sequence) -> list[float]:
+        """Trains on the batches and returns their losses when all is done."""
+        losses = []
+        for tokens in batches:
+            self.state, metrics = self.step(self.state, tokens)
+            losses.append(metrics["loss"])
+        self.jax.block_until_ready(self.state)
+        return [float(loss) for loss in losses]
+
+    def gpu_bytes(self) -> int:
+        """The most that arrays and programs ever took on the GPU."""
+        return self.device.memory_stats()["peak_bytes_in_use"]
+
+    def peak(self) -> float | None:
+        """FLOP/s of the device, measured on a CPU; None where no table knows it."""
+        from spectra_jax import hardware
+
+        return hardware.peak_flops(self.device, self.config.model.compute_dtype).value
+
+    def write_weights(self, path: str) -> dict:
+        """Saves the initial weights by dotted path; returns what only this side can count."""
+        from spectra_jax import hardware
+        from spectra_jax.model.parameters import count
+
+        tree, m = self.jax.tree_util, self.config.model
+        flat, _ = tree.tree_flatten_with_path(self.state["parameters"])
+        np.savez(path, **{tree.keystr(at, simple=True, separator="."): w for at, w in flat})
+        parameters = count(m)
+        flops = hardware.flops_per_token(
+            matmul_params=parameters.linear + m.V * m.D, L=m.L, N=m.N, H=m.H, T=self.config.data.T
+        )
+        return {"parameters": parameters.total, "flops_per_token": flops}
+
+
+def build(name: str, config: Config, device: str, weights: str):
+    """The contender of this name."""
+    if not name.startswith("torch"):
+        return Ours(config, name)
+    from torch_llama import Torch
+
+    with np.load(weights) as file:
+        where = {"cpu": "cpu", "gpu": "cuda"}[device]
+        return Torch(config, dict(file), where, compiled=name == "torch-compile")
+
+
+def work() -> None:
+    """The life of a contender's process: a line of JSON in, a line of JSON out."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes to stderr
+
+    def reply(value: dict) -> None:
+        print(json.dumps(value), file=replies, flush=True)
+
+    start = json.loads(sys.stdin.readline())
+    config, device = configs.from_dict(start["config"]), start["device"]
+    contender = build(start["name"], config, device, start["weights"])
+    reply({})
+    for line in sys.stdin:
+        command = json.loads(line)
+        if command["do"] == "steps":
+            batches = [contender.batch(batch(config, i)) for i in command["steps"]]
+            began = time.perf_counter()
+            losses = contender.steps(batches)
+            reply({"seconds": time.perf_counter() - began, "losses": losses})
+        elif command["do"] == "weights":
+            reply(contender.write_weights(start["weights"]))
+        elif command["do"] == "finish":
+            # In this order: measuring the peak needs some memory, too. ru_maxrss is in KiB on Linux.
+            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            used = contender.gpu_bytes() if device == "gpu" else resident
+            reply({"memory_bytes": used, "peak_flops": contender.peak()})
+
+
+# What runs in the parent, which stays small: a child's ru_maxrss starts at its parent's size.
+
+
+class Contender:
+    """A process at work, as its parent sees it."""
+
+    def __init__(self, name: str, config: Config, device: str, folder: str):
+        self.name = name
+        env = os.environ | {
+            "JAX_PLATFORMS": {"cpu": "cpu", "gpu": "cuda"}[device],
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # one GPU for all
+            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",  # empty: compilation is measured
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--worker"], env=env, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )
+        weights = f"{folder}/weights.npz"
+        self.send(name=name, config=configs.to_dict(config), device=device, weights=weights)
+
+    def send(self, **message) -> None:
+        """A line to the process."""
+        print(json.dumps(message), file=self.process.stdin, flush=True)
+
+    def receive(self) -> dict:
+        """A line from the process.
+
+        Raises:
+          UserError: it has died; what it said is on stderr.
+        """
+        line = self.process.stdout.readline()
+        if not line:
+            raise UserError(f"{self.name} stopped (exit status {self.process.wait()}), see above")
+        return json.loads(line)
+
+    def ask(self, do: str, **message) -> dict:
+        """The answer to a command."""
+        self.send(do=do, **message)
+        return self.receive()
+
+    def __enter__(self) -> "Contender":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(
+    names: Sequence[str], config: Config, device: str, steps: int, rounds: int
+) -> tuple[dict, dict[str, dict]]:
+    """Facts about the work, and what was seen of every contender."""
+    start = partial(Contender, config=config, device=device)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        with start("float-remat", folder=folder) as first:
+            first.receive()
+            facts = first.ask("weights")
+        contenders = {name: stack.enter_context(start(name, folder=folder)) for name in names}
+        for contender in contenders.values():
+            contender.receive()
+        seen = {}
+        for name, contender in contenders.items():
+            say(f"warming up {name}")
+            warm = [contender.ask("steps", steps=[i]) for i in range(FIRST)]
+            others = median(step["seconds"] for step in warm[1:])
+            seen[name] = {
+                "losses": [step["losses"][0] for step in warm],
+                "compile_seconds": warm[0]["seconds"] - others,
+                "step_seconds": [],
+            }
+        for i in range(rounds):
+            say(f"round {i + 1} of {rounds}")
+            todo = list(range(FIRST + i * steps, FIRST + (i + 1) * steps))
+            for k in range(len(names)):  # each round begins with another one
+                name = names[(i + k) % len(names)]
+                seconds = contenders[name].ask("steps", steps=todo)["seconds"]
+                seen[name]["step_seconds"].append(seconds / steps)
+        for name, contender in contenders.items():
+            seen[name] |= contender.ask("finish")
+    return facts, seen
+
+
+def summarise(facts: dict, seen: dict[str, dict], config: Config) -> dict:
+    """Ratios to the baseline (torch.compile, or the first contender there is), and the bound.
+
+    The bound: a step has `flops_per_step` to do, and matrix products run at `peak_flops` at best.
+    """
+    base = next(name for name in CONTENDERS if name in seen)
+    flops = facts["flops_per_token"] * config.tokens_per_step
+    peak = max((s["peak_flops"] for s in seen.values() if s["peak_flops"]), default=None)
+    contenders = {}
+    for name, s in seen.items():
+        speed = ratios(seen[base]["step_seconds"], s["step_seconds"])
+        seconds = median(s["step_seconds"])
+        compiles = seen[base]["compile_seconds"]
+        contenders[name] = s | {
+            "tokens_per_second": config.tokens_per_step / seconds,
+            "speed_ratio": median(speed),
+            "speed_ratio_range": [min(speed), max(speed)],
+            "memory_ratio": s["memory_bytes"] / seen[base]["memory_bytes"],
+            "compile_ratio": s["compile_seconds"] / compiles,
+            "fraction_of_peak": flops / seconds / peak if peak else None,
+        }
+    pairs = [(a, a.replace("float", "tri")) for a in seen if a.startswith("float")]
+    return {
+        "baseline": base,
+        "flops_per_step": flops,
+        "peak_flops": peak,
+        "bound_step_seconds": flops / peak if peak else None,
+        "loss_spread": loss_spread(seen),
+        "tri_to_float_step_time": {
+            tri: median(ratios(seen[tri]["step_seconds"], seen[name]["step_seconds"]))
+            for name, tri in pairs if tri in seen
+        },
+        "contenders": contenders,
+    }
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    """Round by round."""
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def loss_spread(seen: Mapping[str, Mapping]) -> float:
+    """The largest difference in loss between float contenders at the same step; NaN if one is."""
+    losses = np.array([s["losses"] for name, s in seen.items() if not name.startswith("tri")])
+    return float(np.max(np.ptp(losses, axis=0))) if losses.size else 0.0
+
+
+def table(result: dict) -> str:
+    """What people read."""
+    lines = [
+        f"{'':<14}{'speed':>7} {'(range)':>13}{'memory':>11}{'ratio':>7}{'compile':>9}"
+        f"{'of peak':>9}  losses of the first {FIRST} steps"
+    ]
+    for name, c in result["contenders"].items():
+        low, high = c["speed_ratio_range"]
+        share = f"{c['fraction_of_peak']:.0%}" if c["fraction_of_peak"] else "unknown"
+        lines.append(
+            f"{name:<14}{c['speed_ratio']:>7.2f} {f'({low:.2f}-{high:.2f})':>13}"
+            f"{c['memory_bytes'] / 2**20:>8.0f} MB{c['memory_ratio']:>7.2f}"
+            f"{c['compile_ratio']:>9.2f}{share:>9}  " + " ".join(f"{x:.5f}" for x in c["losses"])
+        )
+    lines += [
+        f"speed, memory ratio and compile time are relative to {result['baseline']}",
+        f"float losses differ by at most {result['loss_spread']:.1e}",
+    ]
+    for name, ratio in result["tri_to_float_step_time"].items():
+        lines.append(f"step time of {name} relative to its float form: {ratio:.3f}")
+    return "\n".join(lines)
+
+
+def origin() -> dict:
+    """Where and with what this runs."""
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    return {
+        "commit": git("rev-parse", "--short", "HEAD") or "unknown",
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "torch")},
+        "cpus": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Runs the benchmark; the exit status is 1 where the losses disagree."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Other values are changed for all by --config.SECTION.KEY=VALUE, as in `spectra train`.",
+    )
+    arg = parser.add_argument
+    arg("--shape", default=None, help=f'"{SHAPE}" (default), or a size of the suite: "99m B4"')
+    arg("--device", choices=("cpu", "gpu"), default="cpu", help="gpu computes in bfloat16")
+    arg("--contenders", default="torch-eager,torch-compile,float,float-remat,tri",
+        help=f"some of {', '.join(CONTENDERS)} (default %(default)s)")
+    arg("--steps", type=int, default=2, help="timed steps per round (default %(default)s)")
+    arg("--rounds", type=int, default=7, help="rounds (default %(default)s)")
+    arg("--quick", action="store_true", help=f'a trial: "{QUICK}", 3 rounds of 1 step')
+    args, rest = parser.parse_known_args()
+    if args.quick:
+        args.shape, args.steps, args.rounds = args.shape or QUICK, 1, 3
+    try:
+        overrides = [text.removeprefix("--config.") for text in rest]
+        config = make_config(args.shape or SHAPE, args.device, overrides)
+        names = args.contenders.split(",")
+        facts, seen = measure(names, config, args.device, args.steps, args.rounds)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    result = summarise(facts, seen, config)
+    print(table(result))
+    m = config.model
+    print(json.dumps(origin() | {"config": configs.to_dict(config)} | facts | result))
+    tolerance = TOLERANCE[m.compute_dtype]
+    if not result["loss_spread"] <= tolerance:  # also if it is NaN
+        print(f"error: float losses differ by more than {tolerance}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    work() if sys.argv[1:] == ["--worker"] else sys.exit(main())
