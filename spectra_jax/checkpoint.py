@@ -4,6 +4,7 @@ A checkpoint holds two trees, "parameters" and "training" (optimizer, step, coun
 first alone, and a record of what made it: config, tokens, data fingerprint, commit, versions.
 """
 
+import logging
 import subprocess
 from collections.abc import Mapping
 from functools import partial
@@ -21,6 +22,10 @@ from spectra_jax.schema import Config
 
 FOLDER = "checkpoints"
 
+# Orbax logs a failed save from every thread that it passes through, each time with its traceback: a thousand lines.
+# The exception that reaches us says it once.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno < logging.ERROR)
+
 
 class Checkpoints:
     """The checkpoints of one workdir. Saving is asynchronous; `close` waits for it."""
@@ -35,6 +40,8 @@ class Checkpoints:
         if config is None and not self.folder.is_dir():
             raise UserError(f"{self.folder} does not exist: {workdir} holds no checkpoints")
         try:
+            if config is not None:
+                self.folder.mkdir(parents=True, exist_ok=True)
             # Folders of saves that a kill cut short would stay for ever without the clean-up.
             self._orbax = ocp.training.Checkpointer(
                 self.folder, **({} if config is None else _policies(config)),
@@ -72,7 +79,7 @@ class Checkpoints:
         """The state of `step` with the shapes, dtypes and shardings of `like` (see `abstract`).
 
         Raises:
-          UserError: the checkpoint holds another tree, shape or dtype; every difference is named.
+          UserError: the checkpoint is damaged, or holds another tree, shape or dtype; every difference is named.
         """
         wanted = {
             "parameters": like["parameters"],
@@ -92,7 +99,16 @@ class Checkpoints:
     def _load(self, step: int, wanted: dict[str, PyTree]) -> dict[str, PyTree]:
         stored = self._orbax.checkpointables_metadata(step).metadata
         _compare(stored, wanted, f"{self.folder}/{step}")
-        return self._orbax.load_checkpointables(step, wanted)
+        try:
+            return self._orbax.load_checkpointables(step, wanted)
+        except KeyError as error:  # all that Orbax says of files that it cannot read; the cause is at the end of a chain
+            cause = error
+            while cause.__cause__ or cause.__context__:
+                cause = cause.__cause__ or cause.__context__
+            raise UserError(
+                f"{self.folder}/{step} is damaged: {str(cause).splitlines()[0][:300]}. Copy it again, or remove that "
+                f"folder to use an earlier checkpoint; there are {self.steps()}"
+            ) from error
 
     def wait(self) -> None:
         """Returns when nothing is being saved.
@@ -134,7 +150,8 @@ class _readable_errors:
         return self
 
     def __exit__(self, kind, error, trace):
-        storage = isinstance(error, OSError) or (isinstance(error, ValueError) and "RESOURCE_EXHAUSTED" in str(error))
+        # tensorstore raises ValueError for whatever the operating system refuses, and adds its error number.
+        storage = isinstance(error, OSError) or (isinstance(error, ValueError) and "os_error_code=" in str(error))
         if storage:
             reason = str(error).strip().splitlines()[0][:300]
             raise UserError(

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import jax
-import ml_collections
 import numpy as np
 
 from spectra_jax import config as configs
@@ -34,7 +33,7 @@ PROMPTS = ("The people of the United States", "It was a truth well known to the 
 FAMILIES = {"FloatLM": "float", "TriLM": "ternary", "BiLM": "binary", "BitNet": "bitnet158"}
 
 
-def get_config(family: str = "TriLM") -> ml_collections.ConfigDict:
+def get_config(family: str = "TriLM"):
     """The quickstart's config of one family: one shape and the same batches for all.
 
     Raises:

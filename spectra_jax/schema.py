@@ -4,7 +4,8 @@ A value that the papers do not state has a comment that says so: it is an assump
 """
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from math import isfinite
 
 from spectra_jax.errors import UserError
 
@@ -196,7 +197,7 @@ def check(config: Config) -> Config:
     Raises:
       UserError: with the numbers, the rule and a value that would do.
     """
-    m, d, t, s = config.model, config.data, config.train, config.schedule
+    m, d, t, s, o = config.model, config.data, config.train, config.schedule, config.optimizer
     for section, names in (
         ("model", ("V", "D", "F", "L", "N", "K", "H", "scale_shards", "attention_blocks", "unroll")),
         ("data", ("T", "batch", "read_threads")),
@@ -207,6 +208,7 @@ def check(config: Config) -> Config:
         for name in names:
             value = getattr(getattr(config, section), name)
             _require(value >= 1, f"config.{section}.{name}={value} must be at least 1")
+    _check_ranges(config)
     _one_of(m.compute_dtype, ("auto", "float32", "bfloat16"), "model.compute_dtype")
     _one_of(s.shape, ("cosine", "linear"), "schedule.shape")
     _one_of(s.lowering, ("jump", "continuous"), "schedule.lowering")
@@ -224,16 +226,31 @@ def check(config: Config) -> Config:
         f"use {_nearest_divisor(d.batch, t.accumulate)} microbatches",
     )
     _require(t.loss_chunks <= d.T, f"config.train.loss_chunks={t.loss_chunks} is more than config.data.T={d.T} tokens")
-    _require(t.steps >= 0 and t.tokens >= 1, f"config.train.steps={t.steps}, tokens={t.tokens}: nothing to train")
+    _require(t.steps + t.tokens > 0, f"config.train.steps={t.steps}, tokens={t.tokens}: nothing to train")
+    for name, value in (("b1", o.b1), ("b2", o.b2)):
+        _require(value < 1, f"config.optimizer.{name}={value} is a decay rate: at least 0, below 1")
+    _require(o.clip > 0, f"config.optimizer.clip={o.clip} must be positive; a large value never clips")
+    _require(bool(config.name), "config.name is empty; runs are told apart by their names")
     _require(s.peak > 0, f"config.schedule.peak={s.peak} must be positive")
     _require(0 <= s.final <= 1, f"config.schedule.final={s.final} is a fraction of the peak: between 0 and 1")
-    _require(s.warmup >= 0, f"config.schedule.warmup={s.warmup} must not be negative")
     for name in ("lower_at", "remove_at"):
         value = getattr(s, name)
         _require(0 < value < 1, f"config.schedule.{name}={value} is a fraction of all steps: between 0 and 1")
     for text in d.sets:
-        _require(_parse_set(text)[1] > 0, f"config.data.sets: the weight in {text!r} must be positive")
+        weight = _parse_set(text)[1]
+        _require(isfinite(weight) and weight > 0, f"config.data.sets: the weight in {text!r} must be positive")
     return config
+
+
+def _check_ranges(config: Config) -> None:
+    """Numbers are finite, and none is negative but for the -1 of the mesh."""
+    for section in fields(config):
+        values = getattr(config, section.name)
+        named = {f.name: getattr(values, f.name) for f in fields(values)} if is_dataclass(values) else {"": values}
+        for name, value in named.items():
+            key = f"config.{section.name}{'.' if name else ''}{name}"
+            if isinstance(value, int | float) and section.name != "mesh":
+                _require(isfinite(value) and value >= 0, f"{key}={value} must be a finite number, not negative")
 
 
 def _nearest_divisor(size: int, wanted: int) -> int:

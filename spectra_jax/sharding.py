@@ -67,7 +67,7 @@ def mesh_shape(wanted: Mesh, devices: int) -> tuple[int, int, int]:
     rest = prod(n for n in sizes if n != -1)
     if devices % rest or (-1 not in sizes and rest != devices):
         fit = [n for n in range(1, devices + 1) if devices % n == 0]
-        raise UserError(f"{text}: does not divide {devices} devices; sizes that do are {fit}")
+        raise UserError(f"{text}: the axes do not make up {devices} devices; use divisors of it, {fit}, or one -1")
     return tuple(devices // rest if n == -1 else n for n in sizes)
 
 

@@ -336,7 +336,7 @@ def test_mixture():
         ),
         (Config(data=Data(T=4)), r"config\.train\.loss_chunks=8 is more than config\.data\.T=4"),
         (Config(train=Train(tokens=0)), "nothing to train"),
-        (Config(train=Train(steps=-1)), "nothing to train"),
+        (Config(train=Train(steps=-1)), r"config\.train\.steps=-1 must be a finite number, not negative"),
         (
             Config(model=Model(compute_dtype="float16")),
             r"compute_dtype='float16' is not one of auto, float32, bfloat16",
@@ -352,7 +352,7 @@ def test_mixture():
         (Config(schedule=Schedule(peak=0.0)), r"config\.schedule\.peak=0\.0 must be positive"),
         (
             Config(schedule=Schedule(peak=float("nan"))),
-            r"config\.schedule\.peak=nan must be positive",
+            r"config\.schedule\.peak=nan must be a finite number",
         ),
         (
             Config(schedule=Schedule(final=1.5)),
@@ -360,7 +360,7 @@ def test_mixture():
         ),
         (
             Config(schedule=Schedule(warmup=-1.0)),
-            r"config\.schedule\.warmup=-1\.0 must not be negative",
+            r"config\.schedule\.warmup=-1\.0 must be a finite number, not negative",
         ),
         (
             Config(schedule=Schedule(lower_at=1.0)),

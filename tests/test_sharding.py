@@ -46,10 +46,10 @@ def test_mesh_shape(wanted, devices, shape):
 @pytest.mark.parametrize(
     ("wanted", "devices", "message"),
     [
-        (Mesh(model=3), 8, "model=3: does not divide 8 devices; sizes that do are [1, 2, 4, 8]"),
-        (Mesh(data=3), 8, "data=3, model=1: does not divide 8 devices"),
-        (Mesh(data=2, model=2), 8, "slice=1, data=2, model=2: does not "),
-        (Mesh(data=16), 8, "data=16, model=1: does not divide 8 devices"),
+        (Mesh(model=3), 8, "model=3: the axes do not make up 8 devices; use divisors of it, [1, 2, 4, 8]"),
+        (Mesh(data=3), 8, "data=3, model=1: the axes do not make up 8 devices"),
+        (Mesh(data=2, model=2), 8, "slice=1, data=2, model=2: the axes do not make up 8"),
+        (Mesh(data=16), 8, "data=16, model=1: the axes do not make up 8 devices"),
         (Mesh(data=-1, model=-1), 8, "only one may be -1"),
         (Mesh(data=0), 8, "each must be at least 1"),
         (Mesh(model=-2), 8, "each must be at least 1"),

@@ -7,7 +7,11 @@ Loss:     not printed in the paper; six-task averages at 1.1b are FloatLM 52.2, 
 Answers:  Tables 10 and 11 of the Spectra paper (arXiv 2407.12327)
 """
 
+from pathlib import Path
+
 from spectra_jax import config, quickstart
+
+CONFIGS = Path(__file__).parents[1]
 
 
 def get_sweep(size: str = "1.1b"):
@@ -17,7 +21,7 @@ def get_sweep(size: str = "1.1b"):
         if size == "tiny":
             c = quickstart.get_config(family)
         else:
-            c = config.run_config_file(f"configs/{file}.py:{size}", "get_config")
+            c = config.run_config_file(f"{CONFIGS / file}.py:{size}", "get_config")
             c.train.tokens = 100_000_000_000
         rows.append((f"{file}-{size}", c))
     return rows

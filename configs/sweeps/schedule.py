@@ -8,7 +8,11 @@ Loss:     the paper prints none; its order of final training loss, best first: b
 Answers:  the ablation of section 4.3 and Tables 10 and 11 of the Spectra paper (arXiv 2407.12327)
 """
 
+from pathlib import Path
+
 from spectra_jax import config, quickstart
+
+CONFIGS = Path(__file__).parents[1]
 
 
 def get_sweep(size: str = "1.1b"):
@@ -28,6 +32,6 @@ def get_sweep(size: str = "1.1b"):
 
 
 def _paper(size: str):
-    c = config.run_config_file(f"configs/trilm.py:{size}", "get_config")
+    c = config.run_config_file(f"{CONFIGS / 'trilm.py'}:{size}", "get_config")
     c.train.tokens = 100_000_000_000
     return c

@@ -46,11 +46,9 @@ def block_matrices(parameters: dict) -> dict[Key, Array | Frozen]:
     return {(module, name): parameters["blocks"][module][name]["w"] for module, name in MATRICES}
 
 
+@partial(jax.jit, static_argnums=0)  # as training is: op by op, XLA rounds the last bit of the scales otherwise
 def freeze(m: Model, parameters: dict) -> dict:
-    """The parameters with every block matrix in its stored form; the same graphdef runs them.
-
-    Call it under jit, as training is: op by op, XLA rounds the last bit of the scales in another way.
-    """
+    """The parameters with every block matrix in its stored form; the same graphdef runs them."""
     rule, ws = get_rule(m.weight), block_matrices(parameters)
     statistics = stacked_statistics(m, ws)
     blocks = {name: dict(node) for name, node in parameters["blocks"].items()}

@@ -74,7 +74,7 @@ def load(checkpoint: str, *, latent: bool = False, devices: Sequence[jax.Device]
         like = jax.eval_shape(partial(init_parameters, config.model), jax.random.key(0))
         parameters = checkpoints.restore_parameters(step, abstract(like, mesh))
         if not latent:
-            parameters = jax.jit(partial(freeze, config.model))(parameters)
+            parameters = freeze(config.model, parameters)
         graphdef = graphdef_of(config.model)
     record = checkpoints.record(step)
     checkpoints.close()

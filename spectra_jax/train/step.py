@@ -50,7 +50,7 @@ def make_step(config: Config, rules: Rules = Rules()) -> Callable[[State, Array]
     def step(state: State, tokens: Int[Array, "B T1"]) -> tuple[State, dict[str, Array]]:
         parameters = state["parameters"]
         loss, gradient = accumulate(loss_and_gradient, parameters, tokens, config.train.accumulate)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         rate = learning_rate(config.schedule, config.steps, state["step"])
         decay = weight_decay(config.schedule, config.optimizer.weight_decay, config.steps, state["step"])
         direction, optimizer_state = optimizer.update(gradient, state["optimizer"], parameters)

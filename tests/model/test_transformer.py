@@ -16,7 +16,6 @@ from spectra_jax.weights.frozen import Frozen
 
 SMALL = Model(V=29, D=16, F=24, L=2, N=4, K=2, H=4, scale_shards=2, attention_blocks=2)
 B, T = 2, 7
-RULES = ["float", "ternary", "binary", "bitnet158"]
 
 
 def tokens_for(m: Model) -> jnp.ndarray:
@@ -59,47 +58,45 @@ def test_causality_by_gradient(build, weight, attention):
 
 
 def test_scan_is_unrolled_is_rematerialised(build):
-    """The same loss and gradients however the blocks are run; an `unroll` beyond L means L."""
-    m = dataclasses.replace(SMALL, weight="ternary")
+    """The same loss and gradients however the blocks are run; an `unroll` beyond L means L.
+
+    The remat policies do what their names say: fewer bytes for the backward pass, as XLA counts.
+    """
+    m = Model(V=32, D=32, F=64, L=4, N=4, K=4, H=8, weight="ternary", attention_blocks=1)
     _, tree = build(m)
-    tokens = tokens_for(m)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, m.V, (4, 65)))
 
     def step(**changes):
         graphdef = trees.graphdef_of(dataclasses.replace(m, **changes))
-        return jax.jit(jax.value_and_grad(lambda p: loss(graphdef, p, tokens)))(tree)
+        run = jax.jit(jax.value_and_grad(lambda p: loss(graphdef, p, tokens))).lower(tree).compile()
+        return run(tree), run.memory_analysis().temp_size_in_bytes
 
-    value, gradients = step()
+    (value, gradients), kept_by_scan = step()
     assert min(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients)) > 1e-4
+    kept = {}
     for changes in ({"unroll": 99}, {"remat": "full"}, {"remat": "dots"}):
-        other, others = step(**changes)
+        (other, others), kept[changes.get("remat")] = step(**changes)
         np.testing.assert_allclose(other, value, rtol=1e-6, err_msg=str(changes))
         for a, b in zip(jax.tree.leaves(others), jax.tree.leaves(gradients)):
-            np.testing.assert_allclose(
-                a, b, atol=2e-6 * float(jnp.abs(b).max()), err_msg=str(changes)
-            )
-
-
-def test_remat_stores_less():
-    """The policies do what their names say: fewer bytes for the backward pass, as XLA counts."""
-    m = Model(V=32, D=64, F=128, L=8, N=4, K=4, H=16, attention_blocks=1)
-    tokens = jnp.zeros((4, 65), jnp.int32)
-    shapes = jax.eval_shape(lambda key: trees.init_parameters(m, key), jax.random.key(0))
-    kept = {}
-    for remat in ("none", "dots", "full"):
-        graphdef = trees.graphdef_of(dataclasses.replace(m, remat=remat))
-        compiled = jax.jit(jax.grad(lambda p: loss(graphdef, p, tokens))).lower(shapes).compile()
-        kept[remat] = compiled.memory_analysis().temp_size_in_bytes
-    assert kept["full"] < 0.6 * kept["none"] and kept["full"] < kept["dots"] < kept["none"], kept
+            bound = 2e-6 * float(jnp.abs(b).max())
+            np.testing.assert_allclose(a, b, atol=bound, rtol=0, err_msg=str(changes))
+    assert kept["full"] < 0.7 * kept_by_scan and kept["full"] < kept["dots"] < kept_by_scan
 
 
 # --- frozen = training ---
 
 
-@pytest.mark.parametrize("share", [False, True])
-@pytest.mark.parametrize("weight", RULES)
+@pytest.mark.parametrize(
+    ("weight", "share"),
+    [
+        ("float", False),
+        ("ternary", False),
+        ("ternary", True),
+        ("binary", True),
+        ("bitnet158", False),
+    ],
+)
 def test_frozen_logits_are_the_training_logits_bit_for_bit(build, weight, share):
-    if share and weight in ("float", "bitnet158"):
-        share = False  # one of each is enough
     m = dataclasses.replace(SMALL, weight=weight, share_qkv_scale=share)
     graphdef, tree = build(m)
     tokens = tokens_for(m)[:, :-1]
