@@ -1,8 +1,8 @@
 """The peer of the speed benchmark: the same Llama-shaped model and the same AdamW step in PyTorch.
 
 Written the way a PyTorch user would: fused scaled-dot-product attention, fused AdamW, autocast for
-bfloat16. It takes the numbers of a `spectra_jax` config and the weights of a `spectra_jax` model, and
-knows no JAX.
+bfloat16. It takes the numbers of a `spectra_jax` config and the weights of a `spectra_jax` model,
+and knows no JAX.
 """
 
 import time

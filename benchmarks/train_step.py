@@ -3,10 +3,10 @@
     python benchmarks/train_step.py [--shape="D256 F640 L8 N4 V8192 B8 T512"] [--device=cpu|gpu]
 
 Every contender is a process of its own, so that its peak memory is its own. All are started and
-warmed up, then asked in turn, round after round, for a few timed steps: the noise of the machine hits
-all alike, and only one computes at a time. Ratios are medians over the rounds of the ratio within a
-round. The losses of the first five steps must agree, or the exit status is 1. The last line of the
-output is JSON with everything, the only place for absolute times.
+warmed up, then asked in turn, round after round, for a few timed steps: the noise of the machine
+hits all alike, and only one computes at a time. Ratios are medians over the rounds of the ratio
+within a round. The losses of the first five steps must agree, or the exit status is 1. The last
+line of the output is JSON with everything; absolute times are nowhere else.
 
 Contenders: torch-eager and torch-compile; float and tri (layers unrolled, everything kept for the
 backward pass); float-remat and tri-remat (a scan over layers that keeps block inputs only).
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -37,6 +37,7 @@ from spectra_jax import suite
 from spectra_jax.errors import UserError
 from spectra_jax.schema import Config, Data, Model, Schedule, Train, check
 
+# The first one that takes part is what the others are compared with.
 CONTENDERS = ("torch-compile", "torch-eager", "float", "float-remat", "tri", "tri-remat")
 SHAPE = "D256 F640 L8 N4 V8192 B8 T512"
 QUICK = "D64 F160 L2 N2 V512 B2 T64"
@@ -45,7 +46,7 @@ FIRST = 5  # steps whose losses are compared, which also warm up
 TOLERANCE = {"float32": 5e-5, "bfloat16": 2e-2}
 
 
-def make_config(shape: str, device: str, overrides: Sequence[str]) -> Config:
+def make_config(shape: str, device: str, overrides: Sequence[str] = ()) -> Config:
     """What the contenders share; the learning rate is constant: a line that ends where it starts.
 
     Args:
@@ -69,26 +70,24 @@ def make_config(shape: str, device: str, overrides: Sequence[str]) -> Config:
     D, F, L, N, V, B, T = (int(sizes[name]) for name in "DFLNVBT")
     if N < 1 or D % N:
         raise UserError(f"--shape: D={D} is not divisible by N={N} heads")
+    low = {"cpu": "float32", "gpu": "bfloat16"}[device]
     config = Config(
-        model=Model(
-            D=D, F=F, L=L, N=N, K=N, H=D // N, V=V,
-            compute_dtype={"cpu": "float32", "gpu": "bfloat16"}[device],
-        ),
+        model=Model(D=D, F=F, L=L, N=N, K=N, H=D // N, V=V, compute_dtype=low),
         data=Data(batch=B, T=T),
         train=Train(steps=1_000_000),
-        schedule=Schedule(shape="linear", peak=1e-3, warmup=0, final=1.0),
+        schedule=Schedule(shape="linear", peak=1e-3, warmup=0.0, final=1.0),
     )
     return configs.override(check(config), overrides)
 
 
 def batch(config: Config, step: int) -> np.ndarray:
-    """Records (B, T + 1) of a step: independent tokens, low ids far more frequent than high ones."""
+    """Records (B, T + 1) of a step: independent tokens, low ids more frequent than high ones."""
     size = (config.data.batch, config.data.T + 1)
     uniform = np.random.default_rng([config.seed, step]).random(size)
     return (config.model.V * uniform**3).astype(np.int32)
 
 
-# What runs in a contender's process: nothing of the other framework is loaded there.
+# What runs in a contender's process; nothing of the other framework is loaded there.
 
 
 class Ours:
@@ -126,7 +125,7 @@ class Ours:
         return self.device.memory_stats()["peak_bytes_in_use"]
 
     def peak(self) -> float | None:
-        """FLOP/s of the device, measured on a CPU; None where no table knows it."""
+        """FLOP/s of the device: measured on a CPU, from a table on a GPU; None if not in it."""
         from spectra_jax import hardware
 
         return hardware.peak_flops(self.device, self.config.model.compute_dtype).value
@@ -146,17 +145,6 @@ class Ours:
         return {"parameters": parameters.total, "flops_per_token": flops}
 
 
-def build(name: str, config: Config, device: str, weights: str):
-    """The contender of this name."""
-    if not name.startswith("torch"):
-        return Ours(config, name)
-    from torch_llama import Torch
-
-    with np.load(weights) as file:
-        where = {"cpu": "cpu", "gpu": "cuda"}[device]
-        return Torch(config, dict(file), where, compiled=name == "torch-compile")
-
-
 def work() -> None:
     """The life of a contender's process: a line of JSON in, a line of JSON out."""
     replies = os.fdopen(os.dup(1), "w")
@@ -166,8 +154,15 @@ def work() -> None:
         print(json.dumps(value), file=replies, flush=True)
 
     start = json.loads(sys.stdin.readline())
-    config, device = configs.from_dict(start["config"]), start["device"]
-    contender = build(start["name"], config, device, start["weights"])
+    name, config, device = start["name"], configs.from_dict(start["config"]), start["device"]
+    if name.startswith("torch"):
+        from torch_llama import Torch
+
+        with np.load(start["weights"]) as file:
+            where = {"cpu": "cpu", "gpu": "cuda"}[device]
+            contender = Torch(config, dict(file), where, compiled=name == "torch-compile")
+    else:
+        contender = Ours(config, name)
     reply({})
     for line in sys.stdin:
         command = json.loads(line)
@@ -179,7 +174,7 @@ def work() -> None:
         elif command["do"] == "weights":
             reply(contender.write_weights(start["weights"]))
         elif command["do"] == "finish":
-            # In this order: measuring the peak needs some memory, too. ru_maxrss is in KiB on Linux.
+            # First the memory: measuring the peak takes some. ru_maxrss is in KiB on Linux.
             resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             used = contender.gpu_bytes() if device == "gpu" else resident
             reply({"memory_bytes": used, "peak_flops": contender.peak()})
@@ -203,8 +198,8 @@ class Contender:
             [sys.executable, __file__, "--worker"], env=env, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )
-        weights = f"{folder}/weights.npz"
-        self.send(name=name, config=configs.to_dict(config), device=device, weights=weights)
+        weights, values = f"{folder}/weights.npz", configs.to_dict(config)
+        self.send(name=name, config=values, device=device, weights=weights)
 
     def send(self, **message) -> None:
         """A line to the process."""
@@ -240,9 +235,9 @@ def measure(
     """Facts about the work, and what was seen of every contender."""
     start = partial(Contender, config=config, device=device)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        with start("float-remat", folder=folder) as first:
-            first.receive()
-            facts = first.ask("weights")
+        with start("float-remat", folder=folder) as writer:
+            writer.receive()
+            facts = writer.ask("weights")
         contenders = {name: stack.enter_context(start(name, folder=folder)) for name in names}
         for contender in contenders.values():
             contender.receive()
@@ -250,10 +245,10 @@ def measure(
         for name, contender in contenders.items():
             say(f"warming up {name}")
             warm = [contender.ask("steps", steps=[i]) for i in range(FIRST)]
-            others = median(step["seconds"] for step in warm[1:])
+            usual = median(step["seconds"] for step in warm[1:])
             seen[name] = {
                 "losses": [step["losses"][0] for step in warm],
-                "compile_seconds": warm[0]["seconds"] - others,
+                "compile_seconds": warm[0]["seconds"] - usual,
                 "step_seconds": [],
             }
         for i in range(rounds):
@@ -268,11 +263,8 @@ def measure(
     return facts, seen
 
 
-def summarise(facts: dict, seen: dict[str, dict], config: Config) -> dict:
-    """Ratios to the baseline (torch.compile, or the first contender there is), and the bound.
-
-    The bound: a step has `flops_per_step` to do, and matrix products run at `peak_flops` at best.
-    """
+def summarise(facts: Mapping, seen: Mapping[str, Mapping], config: Config) -> dict:
+    """Ratios to the baseline, and the bound: the FLOPs of a step at the best rate of a matmul."""
     base = next(name for name in CONTENDERS if name in seen)
     flops = facts["flops_per_token"] * config.tokens_per_step
     peak = max((s["peak_flops"] for s in seen.values() if s["peak_flops"]), default=None)
@@ -280,16 +272,16 @@ def summarise(facts: dict, seen: dict[str, dict], config: Config) -> dict:
     for name, s in seen.items():
         speed = ratios(seen[base]["step_seconds"], s["step_seconds"])
         seconds = median(s["step_seconds"])
-        compiles = seen[base]["compile_seconds"]
-        contenders[name] = s | {
+        compiling = s["compile_seconds"] / seen[base]["compile_seconds"]
+        contenders[name] = dict(s) | {
             "tokens_per_second": config.tokens_per_step / seconds,
             "speed_ratio": median(speed),
             "speed_ratio_range": [min(speed), max(speed)],
             "memory_ratio": s["memory_bytes"] / seen[base]["memory_bytes"],
-            "compile_ratio": s["compile_seconds"] / compiles,
+            "compile_ratio": compiling if base == "torch-compile" else None,
             "fraction_of_peak": flops / seconds / peak if peak else None,
         }
-    pairs = [(a, a.replace("float", "tri")) for a in seen if a.startswith("float")]
+    pairs = {a.replace("float", "tri"): a for a in seen if a.startswith("float")}
     return {
         "baseline": base,
         "flops_per_step": flops,
@@ -297,8 +289,8 @@ def summarise(facts: dict, seen: dict[str, dict], config: Config) -> dict:
         "bound_step_seconds": flops / peak if peak else None,
         "loss_spread": loss_spread(seen),
         "tri_to_float_step_time": {
-            tri: median(ratios(seen[tri]["step_seconds"], seen[name]["step_seconds"]))
-            for name, tri in pairs if tri in seen
+            tri: median(ratios(seen[tri]["step_seconds"], seen[float_]["step_seconds"]))
+            for tri, float_ in pairs.items() if tri in seen
         },
         "contenders": contenders,
     }
@@ -310,27 +302,30 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
 
 
 def loss_spread(seen: Mapping[str, Mapping]) -> float:
-    """The largest difference in loss between float contenders at the same step; NaN if one is."""
-    losses = np.array([s["losses"] for name, s in seen.items() if not name.startswith("tri")])
-    return float(np.max(np.ptp(losses, axis=0))) if losses.size else 0.0
+    """The largest difference in loss between float contenders at one step; NaN if a loss is NaN."""
+    losses = [s["losses"] for name, s in seen.items() if not name.startswith("tri")]
+    return float(np.ptp(losses, axis=0).max()) if losses else 0.0
 
 
-def table(result: dict) -> str:
+def table(result: Mapping) -> str:
     """What people read."""
+    def show(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
     lines = [
-        f"{'':<14}{'speed':>7} {'(range)':>13}{'memory':>11}{'ratio':>7}{'compile':>9}"
+        f"{'':<14}{'speed':>6} {'(range)':>13}{'memory':>11}{'ratio':>7}{'compile':>9}"
         f"{'of peak':>9}  losses of the first {FIRST} steps"
     ]
     for name, c in result["contenders"].items():
         low, high = c["speed_ratio_range"]
-        share = f"{c['fraction_of_peak']:.0%}" if c["fraction_of_peak"] else "unknown"
         lines.append(
-            f"{name:<14}{c['speed_ratio']:>7.2f} {f'({low:.2f}-{high:.2f})':>13}"
-            f"{c['memory_bytes'] / 2**20:>8.0f} MB{c['memory_ratio']:>7.2f}"
-            f"{c['compile_ratio']:>9.2f}{share:>9}  " + " ".join(f"{x:.5f}" for x in c["losses"])
+            f"{name:<14}{c['speed_ratio']:>6.2f} {f'({low:.2f}-{high:.2f})':>13}"
+            f"{c['memory_bytes'] / 2**20:>7.0f} MiB{c['memory_ratio']:>7.2f}"
+            f"{show(c['compile_ratio'], '.2f'):>9}{show(c['fraction_of_peak'], '.0%'):>9}  "
+            + " ".join(f"{loss:.5f}" for loss in c["losses"])
         )
     lines += [
-        f"speed, memory ratio and compile time are relative to {result['baseline']}",
+        f"speed, ratio (of memory) and compile (time) are relative to {result['baseline']}",
         f"float losses differ by at most {result['loss_spread']:.1e}",
     ]
     for name, ratio in result["tri_to_float_step_time"].items():
@@ -345,11 +340,11 @@ def origin() -> dict:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
     return {
-        "commit": git("rev-parse", "--short", "HEAD") or "unknown",
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
         "date": time.strftime("%Y-%m-%d"),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "torch")},
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "versions": {n: version(n) for n in ("jax", "jaxlib", "flax", "optax", "torch")},
         "cpus": os.cpu_count(),
         "load_average": os.getloadavg()[0],
     }
@@ -360,38 +355,55 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main() -> int:
-    """Runs the benchmark; the exit status is 1 where the losses disagree."""
+def parse() -> argparse.Namespace:
+    """The command line; `config` and `names` are checked.
+
+    Raises:
+      UserError: an argument that cannot work.
+    """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Other values are changed for all by --config.SECTION.KEY=VALUE, as in `spectra train`.",
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="Other "
+        "values are changed for all by --config.SECTION.KEY=VALUE, as in `spectra train`.",
     )
     arg = parser.add_argument
-    arg("--shape", default=None, help=f'"{SHAPE}" (default), or a size of the suite: "99m B4"')
+    arg("--shape", help=f'"{SHAPE}" (default), or a size of the suite: "99m B4"')
     arg("--device", choices=("cpu", "gpu"), default="cpu", help="gpu computes in bfloat16")
-    arg("--contenders", default="torch-eager,torch-compile,float,float-remat,tri",
-        help=f"some of {', '.join(CONTENDERS)} (default %(default)s)")
+    arg("--contenders", default=",".join(CONTENDERS[:-1]), help="(default %(default)s)")
     arg("--steps", type=int, default=2, help="timed steps per round (default %(default)s)")
     arg("--rounds", type=int, default=7, help="rounds (default %(default)s)")
     arg("--quick", action="store_true", help=f'a trial: "{QUICK}", 3 rounds of 1 step')
     args, rest = parser.parse_known_args()
     if args.quick:
         args.shape, args.steps, args.rounds = args.shape or QUICK, 1, 3
+    if args.steps < 1 or args.rounds < 1:
+        raise UserError(f"--steps={args.steps}, --rounds={args.rounds}: both must be at least 1")
+    unknown = [text for text in rest if not text.startswith("--config.")]
+    args.names = args.contenders.split(",")
+    unknown += [name for name in args.names if name not in CONTENDERS]
+    if unknown:
+        raise UserError(f"unknown {', '.join(unknown)}; contenders are {', '.join(CONTENDERS)}")
+    overrides = [text.removeprefix("--config.") for text in rest]
+    args.config = make_config(args.shape or SHAPE, args.device, overrides)
+    return args
+
+
+def main() -> int:
+    """Runs the benchmark; the exit status is 1 where the losses disagree, 2 where it cannot run."""
     try:
-        overrides = [text.removeprefix("--config.") for text in rest]
-        config = make_config(args.shape or SHAPE, args.device, overrides)
-        names = args.contenders.split(",")
-        facts, seen = measure(names, config, args.device, args.steps, args.rounds)
+        args, where = parse(), origin()
+        facts, seen = measure(args.names, args.config, args.device, args.steps, args.rounds)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
-    result = summarise(facts, seen, config)
+    result = summarise(facts, seen, args.config)
     print(table(result))
-    m = config.model
-    print(json.dumps(origin() | {"config": configs.to_dict(config)} | facts | result))
-    tolerance = TOLERANCE[m.compute_dtype]
-    if not result["loss_spread"] <= tolerance:  # also if it is NaN
-        print(f"error: float losses differ by more than {tolerance}", file=sys.stderr)
+    load, cpus = where["load_average"], where["cpus"]
+    print(f"load average before the start: {load:.1f} on {cpus} CPUs (ratios are best read near 0)")
+    values = {"device": args.device, "config": configs.to_dict(args.config)}
+    print(json.dumps(where | values | facts | result))
+    tolerance = TOLERANCE[args.config.model.compute_dtype]
+    if not result["loss_spread"] <= tolerance:  # not even if it is NaN
+        say(f"error: float losses differ by {result['loss_spread']:.1e}, more than {tolerance}")
         return 1
     return 0
 

@@ -101,7 +101,7 @@ class Checkpoints:
         _compare(stored, wanted, f"{self.folder}/{step}")
         try:
             return self._orbax.load_checkpointables(step, wanted)
-        except KeyError as error:  # all that Orbax says of files that it cannot read; the cause is at the end of a chain
+        except KeyError as error:  # all that Orbax says of unreadable files; the cause is at the end of a chain
             cause = error
             while cause.__cause__ or cause.__context__:
                 cause = cause.__cause__ or cause.__context__

@@ -4,7 +4,8 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
 
 from spectra_jax.errors import UserError
 
@@ -21,6 +22,7 @@ def main(command: str | None = None) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         run(arguments)
+        sys.stdout.flush()  # a reader that has gone away is noticed here and not when Python shuts down
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -36,18 +38,35 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
       UserError: an unknown argument (the message names the nearest), or whatever the command raises.
     """
-    parser, options = _parser()
+    parser, commands = _parser()
+    if arguments and not arguments[0].startswith("-"):
+        _check_names(arguments, commands)
     args, rest = parser.parse_known_args(arguments)
     overrides = [text.removeprefix(CONFIG_PREFIX) for text in rest if text.startswith(CONFIG_PREFIX)]
     unknown = [text for text in rest if not text.startswith(CONFIG_PREFIX)]
-    if overrides and not args.takes_config:
-        unknown += [CONFIG_PREFIX + text for text in overrides]
     if unknown:
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], options[args.command], n=1)
-        hint = f"did you mean {near[0]}?" if near else f"see spectra {args.command} --help"
-        raise UserError(f"unknown argument {unknown[0]!r}; {hint}")
+        raise UserError(f"unknown argument {unknown[0]!r}; see spectra {args.command} --help")
     args.overrides = overrides
     args.execute(args)
+
+
+def _check_names(arguments: Sequence[str], commands: Mapping[str, argparse.ArgumentParser]) -> None:
+    """Refuses a misspelt command or option, before argparse complains of what is missing because of it."""
+    command, *rest = arguments
+    if command not in commands:
+        near = difflib.get_close_matches(command, commands, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(commands)}"
+        raise UserError(f"unknown command {command!r}; {hint}")
+    options = list(commands[command]._option_string_actions)
+    for text in rest:
+        name, equals, _ = text.partition("=")
+        if name.startswith(CONFIG_PREFIX) and commands[command].get_default("takes_config"):
+            if not equals:
+                raise UserError(f"{name} has no value; write {name}=VALUE")
+        elif name.startswith("--") and " " not in name and name not in options:
+            near = difflib.get_close_matches(name, options, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"see spectra {command} --help"
+            raise UserError(f"unknown argument {text!r}; {hint}")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -117,9 +136,15 @@ def quickstart(args: argparse.Namespace) -> None:
     run(args.workdir)
 
 
-def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
-    """The parser, and the options of every command for "did you mean"."""
-    top = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the usage of a whole command."""
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The parser, and those of the commands."""
+    top = _Parser(
         prog="spectra", description="Pretrain, evaluate and compare language models whose bit-width is a config value."
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -192,8 +217,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
     add(suite, "Print the published suite: sizes, learning rates, sizes in bits.")
     arg = add(quickstart, "Train a FloatLM and a TriLM on the shipped corpus and compare them, in minutes on a CPU.")
     arg("--workdir", default="runs/quickstart", help="where everything goes (default %(default)s)")
-    names = {name: [o for o in p._option_string_actions] for name, p in commands.choices.items()}
-    return top, names
+    return top, commands.choices
 
 
 if __name__ == "__main__":

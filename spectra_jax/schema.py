@@ -225,7 +225,11 @@ def check(config: Config) -> Config:
         f"config.data.batch={d.batch} is not divisible by config.train.accumulate={t.accumulate}; "
         f"use {_nearest_divisor(d.batch, t.accumulate)} microbatches",
     )
-    _require(t.loss_chunks <= d.T, f"config.train.loss_chunks={t.loss_chunks} is more than config.data.T={d.T} tokens")
+    _require(
+        d.T % t.loss_chunks == 0,
+        f"config.data.T={d.T} is not divisible by config.train.loss_chunks={t.loss_chunks}; "
+        f"use {_nearest_divisor(d.T, t.loss_chunks)} chunks",
+    )
     _require(t.steps + t.tokens > 0, f"config.train.steps={t.steps}, tokens={t.tokens}: nothing to train")
     for name, value in (("b1", o.b1), ("b2", o.b2)):
         _require(value < 1, f"config.optimizer.{name}={value} is a decay rate: at least 0, below 1")

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import ROOT, environment, same_bits
 from jax.sharding import PartitionSpec as P
 
-from helpers import ROOT, environment, same_bits
 from spectra_jax.checkpoint import FOLDER, Checkpoints, abstract, git_commit, make_record
 from spectra_jax.errors import UserError
 from spectra_jax.schema import Checkpoint, Config, Data, Train

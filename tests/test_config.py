@@ -334,7 +334,8 @@ def test_mixture():
             Config(train=Train(accumulate=3)),
             r"batch=512 is not divisible by .*accumulate=3; use (2|4) microbatches",
         ),
-        (Config(data=Data(T=4)), r"config\.train\.loss_chunks=8 is more than config\.data\.T=4"),
+        (Config(data=Data(T=4)), r"config\.data\.T=4 is not divisible by .*loss_chunks=8; use 4 chunks"),
+        (Config(train=Train(loss_chunks=7)), r"T=2048 is not divisible by .*loss_chunks=7; use (4|8) chunks"),
         (Config(train=Train(tokens=0)), "nothing to train"),
         (Config(train=Train(steps=-1)), r"config\.train\.steps=-1 must be a finite number, not negative"),
         (

@@ -1,8 +1,9 @@
 """Loss, perplexity and bits per byte on prepared sets, with standard errors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import exp, log, sqrt
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from spectra_jax.data.loader import Loader
+from spectra_jax.errors import UserError
 from spectra_jax.model.parameters import apply
 from spectra_jax.train.loss import token_losses
 
@@ -35,6 +37,12 @@ class Quality:
     def perplexity_error(self) -> float:
         """First-order: perplexity times the error of the loss."""
         return self.perplexity * self.loss_error
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The last parts of the paths; the whole paths where two end alike."""
+    last = [Path(path).name for path in paths]
+    return last if len(set(last)) == len(last) else list(paths)
 
 
 def make_sums(graphdef: nnx.GraphDef, chunks: int) -> Callable[[PyTree, Array, Array], Float[Array, "2"]]:
@@ -64,7 +72,12 @@ def evaluate(
     Args:
       sums: the jitted result of `make_sums`.
       loader: over exactly one prepared set.
+
+    Raises:
+      UserError: `limit` leaves no sequence.
     """
+    if limit is not None and limit < 1:
+        raise UserError(f"{limit} sequences to evaluate on; ask for at least 1, or leave the number out for all")
     total, squares, count = 0.0, 0.0, 0
     spread = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(sharding.spec[0]))
     with loader.sequential(sharding=sharding, limit=limit) as batches:

@@ -1,13 +1,12 @@
 """`spectra evaluate`: the quality of a checkpoint on named prepared sets, as a table."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 
 from spectra_jax.data.loader import Loader
 from spectra_jax.errors import UserError
-from spectra_jax.evaluate.perplexity import Quality, evaluate, make_sums
+from spectra_jax.evaluate.perplexity import Quality, evaluate, make_sums, short_names
 from spectra_jax.serve.load import Loaded, load
 from spectra_jax.sharding import batch_sharding
 
@@ -53,9 +52,9 @@ def evaluate_checkpoint(
         f"{model.config.family} {model.config.name}, step {model.step}, split {split}",
         f"{'set':<24} {'tokens':>12} {'loss':>17} {'perplexity':>18} {'bits/byte':>17}",
     ]
-    for path, q in found.items():
+    for name, q in zip(short_names(list(found)), found.values()):
         lines.append(
-            f"{Path(path).name:<24} {q.tokens:>12,} {q.loss:>8.4f} +- {q.loss_error:.4f} "
+            f"{name:<24} {q.tokens:>12,} {q.loss:>8.4f} +- {q.loss_error:.4f} "
             f"{q.perplexity:>9.3f} +- {q.perplexity_error:.3f} {q.bits_per_byte:>8.4f} +- {q.bits_per_byte_error:.4f}"
         )
     return "\n".join(lines)

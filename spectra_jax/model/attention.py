@@ -9,14 +9,14 @@ from jaxtyping import Array, Float
 
 from spectra_jax.errors import UserError
 
-MASKED = -1e30  # finite, so that a wholly masked row would not turn into NaN
+MASKED = -1e30  # finite, so that no row can turn into NaN
 
 
 def reference(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], blocks: int = 1
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], blocks: int
 ) -> Float[Array, "B T N H"]:
-    """Softmax over all earlier positions, every score computed, in float32. `blocks` is ignored."""
-    return causal_blocks(q, k, v, blocks=1)
+    """JAX's own attention: every score computed. `blocks` is ignored."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
 
 def causal_blocks(
@@ -24,23 +24,31 @@ def causal_blocks(
 ) -> Float[Array, "B T N H"]:
     """Queries in `blocks` runs, each against the keys up to its end only: (1 + 1/blocks)/2 of the products.
 
-    T need not be divisible by `blocks`; the last run may be shorter.
+    T need not be divisible by `blocks`; the last run may be shorter. Scores and sums are in float32. The softmax is
+    divided by its sum after the product with the values, where a row is H long and not T (arXiv 2205.14135).
     """
     B, T, N, H = q.shape
     K = k.shape[2]
-    q = q.reshape(B, T, K, N // K, H)
+    # Heads before time: every head's product is then one contiguous matrix product.
+    q = jnp.transpose(q.reshape(B, T, K, N // K, H) * H**-0.5, (0, 2, 3, 1, 4))
+    k, v = jnp.transpose(k, (0, 2, 1, 3)), jnp.transpose(v, (0, 2, 1, 3))
     size = -(-T // blocks)
     runs = []
     for start in range(0, T, size):
         stop = min(start + size, T)
         scores = jnp.einsum(
-            "btkgh,bskh->bkgts", q[:, start:stop], k[:, :stop], preferred_element_type=jnp.float32
+            "bkgth,bksh->bkgts", q[:, :, :, start:stop], k[:, :, :stop], preferred_element_type=jnp.float32
         )
         mask = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None]
-        scores = jnp.where(mask[None, None, None], scores * H**-0.5, MASKED)
-        share = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        runs.append(jnp.einsum("bkgts,bskh->btkgh", share, v[:, :stop]))
-    return jnp.concatenate(runs, axis=1).reshape(B, T, N, H)
+        scores = jnp.where(mask[None, None, None], scores, MASKED)
+        top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+        shares = jnp.exp(scores - top)
+        total = jnp.sum(shares, axis=-1, keepdims=True)
+        mixed = jnp.einsum(
+            "bkgts,bksh->bkgth", shares.astype(v.dtype), v[:, :, :stop], preferred_element_type=jnp.float32
+        )
+        runs.append((mixed / total).astype(v.dtype))
+    return jnp.transpose(jnp.concatenate(runs, axis=3), (0, 3, 1, 2, 4)).reshape(B, T, N, H)
 
 
 ATTENTION: dict[str, Callable] = {"reference": reference, "causal_blocks": causal_blocks}

@@ -47,14 +47,21 @@ def block_matrices(parameters: dict) -> dict[Key, Array | Frozen]:
 
 
 @partial(jax.jit, static_argnums=0)  # as training is: op by op, XLA rounds the last bit of the scales otherwise
+def _frozen_matrices(m: Model, ws: dict[Key, Array]) -> dict[Key, Frozen]:
+    rule, statistics = get_rule(m.weight), stacked_statistics(m, ws)
+    return {
+        key: jax.vmap(partial(rule.freeze, shards=shards_of(m, key)))(w, statistics[key]) for key, w in ws.items()
+    }
+
+
 def freeze(m: Model, parameters: dict) -> dict:
-    """The parameters with every block matrix in its stored form; the same graphdef runs them."""
-    rule, ws = get_rule(m.weight), block_matrices(parameters)
-    statistics = stacked_statistics(m, ws)
+    """The parameters with every block matrix in its stored form; the same graphdef runs them.
+
+    Embedding, head and gains are those passed in, not copies; so is everything if nothing of the model is quantized.
+    """
+    if not get_rule(m.weight).quantized:
+        return parameters
     blocks = {name: dict(node) for name, node in parameters["blocks"].items()}
-    for key, w in ws.items():
-        module, name = key
-        if rule.quantized:
-            w = jax.vmap(partial(rule.freeze, shards=shards_of(m, key)))(w, statistics[key])
+    for (module, name), w in _frozen_matrices(m, block_matrices(parameters)).items():
         blocks[module][name] = {"w": w}
     return {**parameters, "blocks": blocks}

@@ -28,12 +28,14 @@ def complete(
       top_k: tokens to choose among; 0 for all.
 
     Raises:
-      UserError: an empty prompt, or one that leaves no room in the context.
+      UserError: an empty prompt or one that leaves no room in the context, or options out of range.
     """
     ids = model.tokenizer.encode_batch([prompt])[0]
     T = model.config.data.T
     if not len(ids):
         raise UserError("the prompt is empty; give at least one character")
+    if new_tokens < 1:
+        raise UserError(f"{new_tokens} new tokens; ask for at least 1")
     if len(ids) + new_tokens > T:
         raise UserError(
             f"{len(ids)} prompt tokens and {new_tokens} new ones exceed the context of {T}; ask for at most "

@@ -1,5 +1,6 @@
 """`spectra train`: composition of data, step, checkpoints, evaluation and metrics."""
 
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,9 @@ from spectra_jax import hardware
 from spectra_jax.checkpoint import Checkpoints, abstract, make_record
 from spectra_jax.data.loader import Loader
 from spectra_jax.errors import UserError
-from spectra_jax.evaluate.perplexity import evaluate, make_sums
+from spectra_jax.evaluate.perplexity import evaluate, make_sums, short_names
 from spectra_jax.metrics import MetricsWriter, Timer
+from spectra_jax.metrics import read as read_metrics
 from spectra_jax.model.parameters import count, graphdef_of
 from spectra_jax.model.transformer import compute_dtype
 from spectra_jax.progress import ProgressLine
@@ -33,7 +35,7 @@ def train(config: Config, workdir: Path | str, *, accept_changes: bool = False) 
     On the same mesh every later loss and the final weights are those of a run that was never stopped, bit for bit.
 
     Returns:
-      The last training and evaluation records.
+      The last training and evaluation record of metrics.jsonl, as {"train": ..., "eval": ...}.
 
     Raises:
       UserError: the config, the data, the devices or the workdir do not fit, or too many steps were not finite.
@@ -43,22 +45,26 @@ def train(config: Config, workdir: Path | str, *, accept_changes: bool = False) 
     with jax.set_mesh(mesh):
         get_rule(config.model.weight), graphdef_of(config.model)  # a bad config fails before anything is written
         open_workdir(workdir, config, loader, accept_changes)
-        checkpoints = Checkpoints(workdir, config)
-        start = max(checkpoints.steps(), default=0)
-        state = restore_or_init(config, mesh, checkpoints, start)
-        with (
-            MetricsWriter(
-                workdir, tensorboard=config.metrics.tensorboard, wandb=config.metrics.wandb,
-                run_name=config.name, config=configs.to_dict(config),
-                resume_step=start if start else -1, enabled=jax.process_index() == 0,
-            ) as writer,
-            ProgressLine(config.steps) as progress,
-        ):
-            run = Run(config, mesh, loader, checkpoints, writer, progress)
-            progress.message(run.describe(workdir, start))
-            state = run.steps(state, start)
-            checkpoints.close()
-        return run.last
+        with closing(Checkpoints(workdir, config)) as checkpoints:  # a save under way is finished, come what may
+            start = max(checkpoints.steps(), default=0)
+            state = restore_or_init(config, mesh, checkpoints, start)
+            with (
+                MetricsWriter(
+                    workdir, tensorboard=config.metrics.tensorboard, wandb=config.metrics.wandb,
+                    run_name=config.name, config=configs.to_dict(config),
+                    resume_step=start if start else -1, enabled=jax.process_index() == 0,
+                ) as writer,
+                ProgressLine(config.steps) as progress,
+            ):
+                run = Run(config, mesh, loader, checkpoints, writer, progress)
+                progress.message(run.describe(workdir, start))
+                run.steps(state, start)
+    return last_records(workdir) if jax.process_index() == 0 else {}
+
+
+def last_records(workdir: Path) -> dict[str, Any]:
+    """The last record of training and of evaluation, whichever process wrote it."""
+    return {record["kind"]: record for record in read_metrics(workdir) if record["kind"] in ("train", "eval")}
 
 
 def make_loader(config: Config, split: str, mixture: tuple | None = None) -> Loader:
@@ -100,14 +106,13 @@ class Run:
     progress: ProgressLine
 
     def __post_init__(self):
-        config = self.config
+        config, paths = self.config, [path for path, _ in self.config.mixture]
         self.timer = Timer()
-        self.last: dict[str, Any] = {}
         self.sharding = batch_sharding(self.mesh)
         self.interventions = interventions(config)
         self.sums = jax.jit(make_sums(graphdef_of(config.model), config.train.loss_chunks))
         self.held_out = {
-            Path(path).name: make_loader(config, "validation", ((path, 1.0),)) for path, _ in config.mixture
+            name: make_loader(config, "validation", ((path, 1.0),)) for name, path in zip(short_names(paths), paths)
         } if config.evaluate.every_steps else {}
         self.weight_stats = jax.jit(make_weight_stats(config.model))
         self.codes: Codes | None = None
@@ -122,6 +127,8 @@ class Run:
     def steps(self, state: State, start: int) -> State:
         """Every step from `start` on. Metrics are read one step late, while the next step runs."""
         config, timer = self.config, self.timer
+        if start == config.steps:
+            return state
         step_fn, pending = self.compile(state), None
         with self.loader.batches(start, config.steps, self.sharding, threads=config.data.read_threads) as batches:
             for done in range(start + 1, config.steps + 1):
@@ -195,12 +202,12 @@ class Run:
         }
         self.writer.write(step, "train", record)
         self.progress.update(step, weights=self.weights, eta=self.timer.eta(config.steps - step), **record)
-        self.last["train"] = {"step": step, **record}
 
     def look_at_weights(self, done: int, state: State) -> None:
         """Zeros, flips since the last look, and scales, per kind of matrix."""
-        found, self.codes = self.weight_stats(state["parameters"], self.codes)
-        self.weights = jax.tree.map(float, jax.device_get(found))
+        with self.timer.phase("eval"):
+            found, self.codes = self.weight_stats(state["parameters"], self.codes)
+            self.weights = jax.tree.map(float, jax.device_get(found))
         self.writer.write(done, "weights", self.weights)
 
     def evaluate(self, done: int, state: State) -> None:
@@ -222,7 +229,6 @@ class Run:
                 f"step {done}: validation loss on {name} {q.loss:.4f} +- {q.loss_error:.4f} "
                 f"({q.bits_per_byte:.4f} bits/byte)"
             )
-        self.last["eval"] = {"step": done, **record}
 
     def save(self, done: int, state: State) -> None:
         """Starts to save the state after step `done`."""

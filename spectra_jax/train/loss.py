@@ -13,37 +13,39 @@ from jaxtyping import Array, Float, Int
 from spectra_jax.sharding import Rules
 
 
-def _chunks(x: Array, count: int) -> list[Array]:
-    """`x` cut along time (dim 1) into `count` nearly equal pieces."""
-    T = x.shape[1]
-    bounds = [T * i // count for i in range(count + 1)]
-    return [x[:, a:b] for a, b in zip(bounds, bounds[1:])]
+def _chunks(x: Array, count: int) -> Array:
+    """`x` cut along time (dim 1) into equal pieces: (count, B, T/count, ...)."""
+    B, T = x.shape[:2]
+    return jnp.moveaxis(x.reshape(B, count, T // count, *x.shape[2:]), 1, 0)
 
 
-def _logits(hidden: Array, head: Array, rules: Rules) -> Float[Array, "B t V"]:
+def _logits(x: Array, head: Array, rules: Rules) -> Float[Array, "R V"]:
     return jnp.einsum(
-        "btd,dv->btv", hidden, head.astype(hidden.dtype),
-        preferred_element_type=jnp.float32, out_sharding=rules("batch", "time", "vocab"),
+        "rd,dv->rv", x, head, preferred_element_type=jnp.float32, out_sharding=rules("batch", "vocab")
     )
 
 
-def _is_target(logits: Array, targets: Array) -> Array:
-    """One-hot of the targets as a comparison: it fuses away, and unlike a gather it works on a sharded vocabulary."""
-    return jax.lax.broadcasted_iota(targets.dtype, (1, 1, logits.shape[2]), 2) == targets[..., None]
-
-
-def _token_losses(logits: Array, targets: Array) -> Float[Array, "B t"]:
-    picked = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1) - picked
+def _picked(logits: Float[Array, "R V"], targets: Int[Array, "R"]) -> tuple[Array, Array]:
+    """One-hot targets, and their logits: by comparison, not gather, for that works on a sharded vocabulary."""
+    hit = jax.lax.broadcasted_iota(targets.dtype, (1, logits.shape[1]), 1) == targets[:, None]
+    return hit, jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
 
 
 def token_losses(
     hidden: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"],
     chunks: int, rules: Rules = Rules(),
 ) -> Float[Array, "B T"]:
-    """Negative log-likelihood of every target in nats, in float32."""
-    pairs = zip(_chunks(hidden, chunks), _chunks(targets, chunks))
-    return jnp.concatenate([_token_losses(_logits(x, head, rules), y) for x, y in pairs], axis=1)
+    """Negative log-likelihood of every target in nats, in float32. `chunks` divides T."""
+    low = head.astype(hidden.dtype)
+
+    def one(_: None, piece: tuple[Array, Array]) -> tuple[None, Array]:
+        x, y = piece
+        logits = _logits(x.reshape(-1, x.shape[-1]), low, rules)
+        _, picked = _picked(logits, y.reshape(-1))
+        return None, (jax.nn.logsumexp(logits, axis=-1) - picked).reshape(y.shape)
+
+    _, losses = jax.lax.scan(one, None, (_chunks(hidden, chunks), _chunks(targets, chunks)))
+    return jnp.moveaxis(losses, 0, 1).reshape(targets.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -56,26 +58,27 @@ def mean_loss(
 
 
 def _forward(hidden, head, targets, chunks, rules):
-    total, d_head, d_hidden = jnp.zeros((), jnp.float32), None, []
-    low, share = head.astype(hidden.dtype), 1.0 / targets.size
-    for x, y in zip(_chunks(hidden, chunks), _chunks(targets, chunks)):
-        if d_head is not None:
-            # One chunk after the other: without this the compiler may hold the logits of all of them at once.
-            x, d_head = jax.lax.optimization_barrier((x, d_head))
-        logits = _logits(x, head, rules)
-        norm = jax.nn.logsumexp(logits, axis=-1)
-        hit = _is_target(logits, y)
-        total = total + jnp.sum(norm - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1))
-        error = ((jnp.exp(logits - norm[..., None]) - hit) * share).astype(x.dtype)
-        d_hidden.append(
-            jnp.einsum("btv,dv->btd", error, low, out_sharding=rules("batch", "time", "act"))
-        )
+    low, share, D = head.astype(hidden.dtype), 1.0 / targets.size, hidden.shape[-1]
+
+    def one(sums: tuple[Array, Array], piece: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        total, d_head = sums
+        x, y = piece[0].reshape(-1, D), piece[1].reshape(-1)
+        logits = _logits(x, low, rules)
+        hit, picked = _picked(logits, y)
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        powers = jnp.exp(logits - top)  # taken once, for the loss and for its gradient
+        norm = jnp.sum(powers, axis=-1, keepdims=True)
+        total = total + jnp.sum(jnp.log(norm) + top) - jnp.sum(picked)
+        error = ((powers / norm - hit) * share).astype(x.dtype)
+        d_x = jnp.einsum("rv,dv->rd", error, low, out_sharding=rules("batch", "act"))
         part = jnp.einsum(
-            "btd,btv->dv", x, error,
-            preferred_element_type=jnp.float32, out_sharding=rules("embed", "vocab"),
+            "rd,rv->dv", x, error, preferred_element_type=jnp.float32, out_sharding=rules("embed", "vocab")
         )
-        d_head = part if d_head is None else d_head + part
-    return total * share, (jnp.concatenate(d_hidden, axis=1), d_head)
+        return (total, d_head + part), d_x.reshape(piece[0].shape)
+
+    start = (jnp.zeros((), jnp.float32), jnp.zeros_like(head, jnp.float32))
+    (total, d_head), d_hidden = jax.lax.scan(one, start, (_chunks(hidden, chunks), _chunks(targets, chunks)))
+    return total * share, (jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape), d_head)
 
 
 def _backward(chunks, rules, gradients, g):

@@ -5,14 +5,13 @@ read it.
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import jax
 
 from spectra_jax import config as configs
 from spectra_jax.data.loader import Loader
+from spectra_jax.data.manifest import write_text
 from spectra_jax.errors import UserError
 from spectra_jax.schema import Config
 
@@ -38,14 +37,26 @@ def open_workdir(workdir: Path, config: Config, loader: Loader, accept_changes: 
         "data_fingerprint": loader.fingerprint,
         "config": configs.to_dict(config),
     }
+    source = loader.manifests[0].tokenizer_file
+    try:
+        tokenizer = source.read_text("utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {source}: {error.strerror}; copy the prepared set again") from error
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        temporary = workdir / ".config.json"
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, path)
-        shutil.copyfile(loader.manifests[0].tokenizer_file, workdir / "tokenizer.json")
+        write_text(path, json.dumps(content, indent=1) + "\n", workdir)
+        write_text(workdir / "tokenizer.json", tokenizer, workdir)
     except OSError as error:
         raise UserError(f"cannot write to {workdir}: {error.strerror}; use another --workdir") from error
+
+
+def config_changes(workdir: Path, config: Config) -> list[str]:
+    """Where `config` differs from that of the run in `workdir`, among what decides the run's numbers.
+
+    Raises:
+      UserError: there is no run, or its config.json is damaged or of another version.
+    """
+    return [line for line in configs.differences(read_config(workdir), config) if not line.startswith(FREE)]
 
 
 def read_config(workdir: Path | str) -> Config:
@@ -62,21 +73,17 @@ def _read(path: Path) -> dict:
         raise UserError(f"{path.parent} holds no run: it has no config.json (made by `spectra train`)")
     try:
         content = json.loads(path.read_text())
-        if not isinstance(content["config"], dict):
-            raise ValueError("config is not an object")
+        if not (isinstance(content["config"], dict) and isinstance(content["data_fingerprint"], str)):
+            raise ValueError("config is not an object, or data_fingerprint no text")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error!r}); restore it or use another --workdir") from error
     return content
 
 
 def _refuse_changes(path: Path, config: Config, loader: Loader) -> None:
-    there = _read(path)
-    changes = [
-        line for line in configs.differences(configs.from_dict(there["config"]), config)
-        if not line.startswith(FREE)
-    ]
-    if there["data_fingerprint"] != loader.fingerprint:
-        changes.append(f"data fingerprint: {there['data_fingerprint'][:12]} -> {loader.fingerprint[:12]}")
+    changes, fingerprint = config_changes(path.parent, config), _read(path)["data_fingerprint"]
+    if fingerprint != loader.fingerprint:
+        changes.append(f"data fingerprint: {fingerprint[:12]} -> {loader.fingerprint[:12]}")
     if changes:
         raise UserError(
             f"{path.parent} holds another run; these differ:\n  " + "\n  ".join(changes)

@@ -7,21 +7,18 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from helpers import STEPS, TERNARY, TOKENS_PER_STEP, copy_of, data, prepare_set, same_bits, tiny, trained
+from orbax.checkpoint import v1 as ocp
 
-from helpers import STEPS, TOKENS_PER_STEP, copy_of, data, prepare_set, same_bits, tiny, trained
 from spectra_jax import config as configs
-from spectra_jax import hardware, metrics
+from spectra_jax import metrics
 from spectra_jax.checkpoint import Checkpoints
 from spectra_jax.data.loader import Loader
 from spectra_jax.errors import UserError
-from spectra_jax.model.parameters import count
 from spectra_jax.schema import Config
 from spectra_jax.serve.load import load
 from spectra_jax.train.loop import make_loader, train
 from spectra_jax.train.schedule import learning_rate, weight_decay
-
-TERNARY = ("model.weight=ternary", "schedule.shape=linear", "schedule.lower_peak=True", "schedule.lowered_peak=0.005",
-           "schedule.remove_decay=True")
 
 
 def of_kind(workdir, kind: str) -> list[dict]:
@@ -36,8 +33,6 @@ def of_kind(workdir, kind: str) -> list[dict]:
 def final_state(workdir) -> dict:
     """Everything in the newest checkpoint, as numpy arrays, read without the training code."""
     step = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
-    from orbax.checkpoint import v1 as ocp  # the oracle here is Orbax's own reading of its files
-
     return jax.device_get(ocp.load_checkpointables(workdir / "checkpoints" / str(step)))
 
 
@@ -98,17 +93,15 @@ def test_training_records():
     assert [r["step"] for r in records] == list(range(1, STEPS + 1))
     for k, r in enumerate(records):
         assert r["tokens"] == (k + 1) * TOKENS_PER_STEP
-        assert r["lr"] == float(learning_rate(config.schedule, STEPS, k))
+        assert r["lr"] == pytest.approx(float(learning_rate(config.schedule, STEPS, k)), rel=1e-6)
         assert r["weight_decay"] == float(weight_decay(config.schedule, 0.1, STEPS, k))
         assert r["tokens_per_second"] > 0 and r["mfu"] > 0 and 0 <= r["stall"] <= 1
         assert r["skipped"] == r["skipped_in_a_row"] == 0 and r["grad_norm"] > 0
     losses = [r["loss"] for r in records]
     assert losses[0] == pytest.approx(math.log(config.model.V), abs=0.1)  # it starts knowing nothing
     assert losses[-1] < losses[0] - 1.5
-    # MFU = tokens/s * (6 * matrix weights + 6 L T N H, attention halved by causality) / peak.
-    m, parameters = config.model, count(config.model)
-    flops = hardware.flops_per_token(parameters.linear + m.V * m.D, m.L, m.N, m.H, config.data.T)
-    ratios = [r["mfu"] / r["tokens_per_second"] / flops for r in records]
+    # MFU is tokens/s times a constant of the model over a constant of the machine.
+    ratios = [r["mfu"] / r["tokens_per_second"] for r in records]
     np.testing.assert_allclose(ratios, ratios[0], rtol=1e-6)
 
 
@@ -155,7 +148,7 @@ def test_several_sets_are_evaluated_each(tmp_path):
     sets = [prepare_set(tmp_path / name / "set", seed=seed, tokenizer=tokenizer) for seed, name in enumerate("ab", 5)]
     config = tiny(f"data.sets={sets[0]}=3,{sets[1]}=1", "train.steps=1", "checkpoint.permanent_tokens=0")
     last = train(config, tmp_path / "run")["eval"]
-    a, b = (last[str(path)]["loss"] for path in sets)
+    a, b = (last[f"{path}/loss"] for path in sets)
     assert a != b and last["loss"] == pytest.approx((3 * a + b) / 4)
 
 

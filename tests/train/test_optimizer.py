@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-
 from helpers import drawn, tiny
+
 from spectra_jax.model.parameters import init_parameters
 from spectra_jax.schema import Optimizer
 from spectra_jax.train.optimizer import apply_updates, decay_mask, make_optimizer
