@@ -26,7 +26,8 @@ from spectra_jax.train.loop import train
 from spectra_jax.weights import get_rule
 
 # Chosen for what minutes on two cores can learn: 4096 entries spell common words whole, so that even an early model
-# writes words and not syllables, and still leave half of the parameters to the blocks; 256 tokens hold a paragraph.
+# writes words and not syllables; 256 tokens hold a paragraph. A narrow model that sees a million tokens beat one of
+# twice the size that sees half as many in the same time by half a nat (LOG.md, 2026-11-22).
 VOCABULARY = 4096
 CONTEXT = 256
 PROMPTS = ("The people of the United States", "It was a truth well known to the whole family that")
@@ -43,19 +44,19 @@ def get_config(family: str = "TriLM"):
         raise UserError(f"no family {family!r}; the quickstart has {', '.join(FAMILIES)}")
     c = configs.default()
     c.family, c.name = family, f"quickstart-{family.lower()}"
-    c.model.update(V=VOCABULARY, D=192, F=512, L=4, N=3, K=3, H=64, weight=FAMILIES[family], unroll=4)
+    c.model.update(V=VOCABULARY, D=128, F=384, L=3, N=2, K=2, H=64, weight=FAMILIES[family], unroll=3)
     c.model.attention_blocks = 2
     c.data.update(sets=("runs/quickstart/data",), T=CONTEXT, batch=4)
-    c.train.steps = 560
+    c.train.steps = 1000
     c.train.loss_chunks = 2
-    c.schedule.warmup = 40.0
-    # Peaks in the ratio of the suite's: ternary models like a far higher rate.
-    c.schedule.update(shape="cosine", peak=2e-3, final=0.1)
+    c.schedule.warmup = 60.0
+    # The better of two or three peaks each; as in the suite, ternary models like a higher rate.
+    c.schedule.update(shape="cosine", peak=3e-3, final=0.1)
     if family != "FloatLM":
-        c.schedule.update(shape="linear", peak=6e-3, lower_peak=True, lowered_peak=4e-3, remove_decay=True, final=0.0)
-    c.checkpoint.update(every_steps=280, permanent_tokens=0)
-    c.evaluate.update(every_steps=140, batches=16)
-    c.metrics.update(every_steps=10, weights_every_steps=70)
+        c.schedule.update(shape="linear", peak=5e-3, lower_peak=True, lowered_peak=3e-3, remove_decay=True, final=0.0)
+    c.checkpoint.update(every_steps=500, permanent_tokens=0)
+    c.evaluate.update(every_steps=250, batches=16)
+    c.metrics.update(every_steps=10, weights_every_steps=50)
     return c
 
 

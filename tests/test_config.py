@@ -8,7 +8,15 @@ import pytest
 from spectra_jax import config
 from spectra_jax.errors import UserError
 from spectra_jax.schema import (
-    Checkpoint, Config, Data, Mesh, Model, Optimizer, Schedule, Train, check,
+    Checkpoint,
+    Config,
+    Data,
+    Mesh,
+    Model,
+    Optimizer,
+    Schedule,
+    Train,
+    check,
 )  # fmt: skip
 
 # A legal change of every key that doubling or halving its default would not be legal for.

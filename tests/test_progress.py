@@ -12,7 +12,6 @@ import pytest
 
 from spectra_jax.progress import ProgressLine, duration, human
 
-
 RECORD = {
     "tokens": 1_228_800, "loss": 3.21449, "lr": 1.2e-3, "weight_decay": 0.1, "grad_norm": 0.7,
     "tokens_per_second": 45_230.0, "mfu": 0.431, "stall": 0.001, "eta": 192.4,

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +80,13 @@ class Stream:
         self.counts = [0] * len(paths)
         self.fraction = 0.0
 
+    def _read(self, number: int, fraction: float) -> None:
+        self.fraction = (sum(self._sizes[:number]) + fraction * self._sizes[number]) / sum(self._sizes)
+
     def texts(self) -> Iterator[str]:
         for number, path in enumerate(self._paths):
             self.counts[number] = 0
-            before, size, total = sum(self._sizes[:number]), self._sizes[number], sum(self._sizes)
-
-            def read(fraction: float) -> None:
-                self.fraction = (before + fraction * size) / total
-
+            read = partial(self._read, number)
             read(0.0)
             for text in documents(path, text_key=self._settings["text_key"],
                                   separator=self._settings["separator"], on_fraction=read):

@@ -13,9 +13,10 @@ from spectra_jax.errors import UserError
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
 
 
-@pytest.fixture(scope="module")
-def script():
+@pytest.fixture
+def script(monkeypatch):
     """The script as a module."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     spec = importlib.util.spec_from_file_location("train_step_benchmark", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

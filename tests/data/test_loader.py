@@ -19,7 +19,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from grain.experimental import index_shuffle
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from spectra_jax.data.loader import Loader, Prefetched
 from spectra_jax.data.manifest import Manifest, Shard, Split

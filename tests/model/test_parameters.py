@@ -62,7 +62,7 @@ def test_initial_values():
     m = dataclasses.replace(SMALL, init_std=0.05)
     tree = jax.jit(lambda key: trees.init_parameters(m, key))(jax.random.key(1))
     wide, narrow = 0.05, 0.05 / np.sqrt(2 * 3)
-    for (module, name), w in trees.block_matrices(tree).items():
+    for (_, name), w in trees.block_matrices(tree).items():
         expected = narrow if name in ("o", "down") else wide
         # the deviation of n draws is within 4 of its own standard errors, 1/sqrt(2n)
         assert np.std(w) == pytest.approx(expected, rel=4 / np.sqrt(2 * w.size))
