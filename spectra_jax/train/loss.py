@@ -13,10 +13,24 @@ from jaxtyping import Array, Float, Int
 from spectra_jax.sharding import Rules
 
 
-def _chunks(x: Array, count: int) -> Array:
-    """`x` cut along time (dim 1) into equal pieces: (count, B, T/count, ...)."""
-    B, T = x.shape[:2]
-    return jnp.moveaxis(x.reshape(B, count, T // count, *x.shape[2:]), 1, 0)
+# Where a reshape leaves the batch is said every time: with one sequence (B = 1) it cannot be inferred.
+
+
+def _cut(x: Array, count: int, rules: Rules) -> Array:
+    """`x` (B, T, ...) cut along time into equal chunks of rows: (count, B*T/count, ...)."""
+    B, T, *rest = x.shape
+    kept = ("act",) * len(rest)
+    pieces = jnp.reshape(x, (B, count, T // count, *rest), out_sharding=rules("batch", None, "time", *kept))
+    rows = (count, B * T // count, *rest)
+    return jnp.reshape(jnp.moveaxis(pieces, 1, 0), rows, out_sharding=rules(None, "batch", *kept))
+
+
+def _joined(chunks: Array, shape: tuple[int, ...], rules: Rules) -> Array:
+    """The inverse of `_cut`."""
+    B, T, *rest = shape
+    kept, count = ("act",) * len(rest), chunks.shape[0]
+    pieces = jnp.reshape(chunks, (count, B, T // count, *rest), out_sharding=rules(None, "batch", "time", *kept))
+    return jnp.reshape(jnp.moveaxis(pieces, 0, 1), shape, out_sharding=rules("batch", "time", *kept))
 
 
 def _logits(x: Array, head: Array, rules: Rules) -> Float[Array, "R V"]:
@@ -40,12 +54,12 @@ def token_losses(
 
     def one(_: None, piece: tuple[Array, Array]) -> tuple[None, Array]:
         x, y = piece
-        logits = _logits(x.reshape(-1, x.shape[-1]), low, rules)
-        _, picked = _picked(logits, y.reshape(-1))
-        return None, (jax.nn.logsumexp(logits, axis=-1) - picked).reshape(y.shape)
+        logits = _logits(x, low, rules)
+        _, picked = _picked(logits, y)
+        return None, jax.nn.logsumexp(logits, axis=-1) - picked
 
-    _, losses = jax.lax.scan(one, None, (_chunks(hidden, chunks), _chunks(targets, chunks)))
-    return jnp.moveaxis(losses, 0, 1).reshape(targets.shape)
+    _, losses = jax.lax.scan(one, None, (_cut(hidden, chunks, rules), _cut(targets, chunks, rules)))
+    return _joined(losses, targets.shape, rules)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -58,11 +72,11 @@ def mean_loss(
 
 
 def _forward(hidden, head, targets, chunks, rules):
-    low, share, D = head.astype(hidden.dtype), 1.0 / targets.size, hidden.shape[-1]
+    low, share = head.astype(hidden.dtype), 1.0 / targets.size
 
     def one(sums: tuple[Array, Array], piece: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
         total, d_head = sums
-        x, y = piece[0].reshape(-1, D), piece[1].reshape(-1)
+        x, y = piece
         logits = _logits(x, low, rules)
         hit, picked = _picked(logits, y)
         top = jnp.max(logits, axis=-1, keepdims=True)
@@ -74,11 +88,12 @@ def _forward(hidden, head, targets, chunks, rules):
         part = jnp.einsum(
             "rd,rv->dv", x, error, preferred_element_type=jnp.float32, out_sharding=rules("embed", "vocab")
         )
-        return (total, d_head + part), d_x.reshape(piece[0].shape)
+        return (total, d_head + part), d_x
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros_like(head, jnp.float32))
-    (total, d_head), d_hidden = jax.lax.scan(one, start, (_chunks(hidden, chunks), _chunks(targets, chunks)))
-    return total * share, (jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape), d_head)
+    pieces = _cut(hidden, chunks, rules), _cut(targets, chunks, rules)
+    (total, d_head), d_hidden = jax.lax.scan(one, start, pieces)
+    return total * share, (_joined(d_hidden, hidden.shape, rules), d_head)
 
 
 def _backward(chunks, rules, gradients, g):
