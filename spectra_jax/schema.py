@@ -3,11 +3,10 @@
 A value that the papers do not state has a comment that says so: it is an assumption of ours, open to change.
 """
 
-import difflib
 from dataclasses import dataclass, field, fields, is_dataclass
 from math import isfinite
 
-from spectra_jax.errors import UserError
+from spectra_jax.errors import UserError, one_of
 
 
 @dataclass(frozen=True)
@@ -185,12 +184,6 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _one_of(value: str, allowed: tuple[str, ...], key: str) -> None:
-    near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    _require(value in allowed, f"config.{key}={value!r} is not one of {', '.join(allowed)}{hint}")
-
-
 def check(config: Config) -> Config:
     """Returns `config` if every rule that needs no devices holds.
 
@@ -209,9 +202,9 @@ def check(config: Config) -> Config:
             value = getattr(getattr(config, section), name)
             _require(value >= 1, f"config.{section}.{name}={value} must be at least 1")
     _check_ranges(config)
-    _one_of(m.compute_dtype, ("auto", "float32", "bfloat16"), "model.compute_dtype")
-    _one_of(s.shape, ("cosine", "linear"), "schedule.shape")
-    _one_of(s.lowering, ("jump", "continuous"), "schedule.lowering")
+    one_of(m.compute_dtype, ("auto", "float32", "bfloat16"), "model.compute_dtype")
+    one_of(s.shape, ("cosine", "linear"), "schedule.shape")
+    one_of(s.lowering, ("jump", "continuous"), "schedule.lowering")
     _require(m.H % 2 == 0, f"config.model.H={m.H} must be even: rotary embeddings turn pairs of dimensions")
     _require(m.N % m.K == 0, f"config.model.N={m.N} is not divisible by config.model.K={m.K} (query heads per kv head)")
     for name, size in (("F", m.F), ("N*H", m.N * m.H), ("K*H", m.K * m.H)):

@@ -1,13 +1,12 @@
 """Causal attention by name. Every form takes and returns the same shapes and computes the same function."""
 
-import difflib
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from spectra_jax.errors import UserError
+from spectra_jax.errors import one_of
 
 MASKED = -1e30  # finite, so that no row can turn into NaN
 
@@ -60,8 +59,4 @@ def get_attention(name: str) -> Callable:
     Raises:
       UserError: there is none; the message names the nearest.
     """
-    if name not in ATTENTION:
-        near = difflib.get_close_matches(name, ATTENTION, n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"config.model.attention={name!r} is not one of {', '.join(ATTENTION)}{hint}")
-    return ATTENTION[name]
+    return ATTENTION[one_of(name, ATTENTION, "model.attention")]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from spectra_jax.errors import UserError
+from spectra_jax.errors import one_of
 from spectra_jax.model.attention import get_attention
 from spectra_jax.model.layers import Linear, RMSNorm, rotary_tables, rotate
 from spectra_jax.model.matrices import MATRICES, Key, shards_of, stacked_statistics
@@ -111,9 +111,7 @@ class Transformer(nnx.Module):
         Raises:
           UserError: an unknown weight rule, attention or remat policy.
         """
-        if m.remat not in REMAT:
-            raise UserError(f"config.model.remat={m.remat!r} is not one of {', '.join(REMAT)}")
-        get_attention(m.attention)
+        one_of(m.remat, REMAT, "model.remat"), get_attention(m.attention)
         self.m, self.rules = m, rules
         init = jax.nn.initializers.normal(m.init_std)
         self.embedding = nnx.Param(

@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int
 
 from spectra_jax.sharding import Rules
 
-
 # Where a reshape leaves the batch is said every time: with one sequence (B = 1) it cannot be inferred.
 
 

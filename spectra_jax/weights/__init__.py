@@ -3,9 +3,7 @@
 A new rule is a new file with a `Rule` and a line here.
 """
 
-import difflib
-
-from spectra_jax.errors import UserError
+from spectra_jax.errors import one_of
 from spectra_jax.weights.binary import Binary
 from spectra_jax.weights.bitnet158 import BitNet158
 from spectra_jax.weights.float import Float
@@ -21,8 +19,4 @@ def get_rule(name: str) -> Rule:
     Raises:
       UserError: there is none; the message names the nearest.
     """
-    if name not in RULES:
-        near = difflib.get_close_matches(name, RULES, n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"config.model.weight={name!r} is not one of {', '.join(RULES)}{hint}")
-    return RULES[name]
+    return RULES[one_of(name, RULES, "model.weight")]
