@@ -1,13 +1,17 @@
 """Saved states of a run: rolling ones to resume from, permanent ones to keep. The only file that knows Orbax.
 
 A checkpoint holds two trees, "parameters" and "training" (optimizer, step, counts), so that evaluation reads the
-first alone, and a record of what made it: config, tokens, data fingerprint, commit, versions.
+first alone, and a sealed record: what made it (config, tokens, data fingerprint, commit, versions), and every array's
+dtype, shape and checksum, taken on the devices before anything was written. What is on the disk is believed only as
+far as it agrees with the record: Orbax alone restores a flipped bit without a word.
 """
 
+import hashlib
+import json
 import logging
 import subprocess
+import sys
 from collections.abc import Mapping
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,10 +21,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
+from spectra_jax.checksum import checksums, dotted, wrong
 from spectra_jax.errors import UserError
 from spectra_jax.schema import Config
 
 FOLDER = "checkpoints"
+# What Orbax and the libraries below it raise for files that were cut, changed or removed.
+UNREADABLE = (KeyError, ValueError, TypeError, AttributeError, OSError)
+
+
+class Damaged(UserError):
+    """A checkpoint cannot be read, or does not hold what was saved."""
+
 
 # Orbax logs a failed save from every thread that it passes through, each time with its traceback: a thousand lines.
 # The exception that reaches us says it once.
@@ -58,8 +70,11 @@ class Checkpoints:
         """Whether the schedule wants this step."""
         return self._orbax.should_save(step)
 
-    def save(self, step: int, state: Mapping[str, PyTree], record: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: Mapping[str, PyTree], record: Mapping[str, Any], *, force: bool = False) -> None:
         """Starts to save; the arrays are copied before it returns, so that the state may be donated.
+
+        Args:
+          force: save although the schedule does not want this step.
 
         Raises:
           UserError: the save before this one failed, e.g. for want of space.
@@ -68,18 +83,59 @@ class Checkpoints:
             "parameters": state["parameters"],
             "training": {name: tree for name, tree in state.items() if name != "parameters"},
         }
+        sealed = _seal({**record, "step": step, "arrays": {name: _described(tree) for name, tree in trees.items()}})
         with _readable_errors(self.folder):
-            self._orbax.save_checkpointables_async(step, trees, custom_metadata=dict(record))
+            self._orbax.save_checkpointables_async(step, trees, custom_metadata=sealed, force=force)
 
     def record(self, step: int) -> dict[str, Any]:
-        """What made the checkpoint: the `record` it was saved with."""
-        return dict(self._orbax.checkpointables_metadata(step).custom_metadata or {})
+        """The `record` that the checkpoint was saved with, and its arrays: name -> path -> dtype, shape, checksum.
+
+        Raises:
+          Damaged: it cannot be read, or is not what was written.
+        """
+        return self._metadata(step)[1]
+
+    def restore_newest(self, like: Mapping[str, PyTree]) -> tuple[int, dict[str, PyTree]]:
+        """The newest step whose checksums hold, and its state. Damaged ones are named on stderr and set aside.
+
+        Raises:
+          UserError: none is left, or one holds another tree, shape or dtype.
+        """
+        damaged = []
+        for step in reversed(self.steps()):
+            try:
+                return step, self.restore(step, like)
+            except Damaged as error:
+                damaged.append(self._set_aside(step))
+                print(f"{error}\nset aside as {damaged[-1]}", file=sys.stderr, flush=True)
+        raise UserError(
+            f"no checkpoint in {self.folder} can be used; damaged ones are kept as {', '.join(map(str, damaged))}. "
+            "Restore a copy of one of them, or start again to train from the beginning"
+        )
+
+    def verify(self, step: int) -> None:
+        """Reads all of a checkpoint onto one device and compares it with its checksums.
+
+        Raises:
+          Damaged: it is not what was saved.
+        """
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        stored, record = self._metadata(step)
+        if missing := [name for name in record["arrays"] if not jax.tree.leaves(stored.get(name))]:
+            raise self._damaged(step, f"{' and '.join(missing)} cannot be read")
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), dict(stored))
+        self._load(step, wanted)
+
+    def size(self, step: int) -> int:
+        """Bytes on disk."""
+        return sum(path.stat().st_size for path in (self.folder / str(step)).rglob("*") if path.is_file())
 
     def restore(self, step: int, like: Mapping[str, PyTree]) -> dict[str, PyTree]:
         """The state of `step` with the shapes, dtypes and shardings of `like` (see `abstract`).
 
         Raises:
-          UserError: the checkpoint is damaged, or holds another tree, shape or dtype; every difference is named.
+          Damaged: it cannot be read, or an array is not the one that was saved.
+          UserError: it holds another tree, shape or dtype; every difference is named.
         """
         wanted = {
             "parameters": like["parameters"],
@@ -97,18 +153,43 @@ class Checkpoints:
         return self._load(step, {"parameters": like})["parameters"]
 
     def _load(self, step: int, wanted: dict[str, PyTree]) -> dict[str, PyTree]:
-        stored = self._orbax.checkpointables_metadata(step).metadata
-        _compare(stored, wanted, f"{self.folder}/{step}")
+        arrays = self.record(step)["arrays"]
+        _compare(arrays, wanted, f"{self.folder}/{step}")
         try:
-            return self._orbax.load_checkpointables(step, wanted)
-        except KeyError as error:  # all that Orbax says of unreadable files; the cause is at the end of a chain
-            cause = error
-            while cause.__cause__ or cause.__context__:
-                cause = cause.__cause__ or cause.__context__
-            raise UserError(
-                f"{self.folder}/{step} is damaged: {str(cause).splitlines()[0][:300]}. Copy it again, or remove that "
-                f"folder to use an earlier checkpoint; there are {self.steps()}"
-            ) from error
+            loaded = self._orbax.load_checkpointables(step, wanted)
+        except UNREADABLE as error:
+            raise self._damaged(step, _cause(error)) from error
+        for name, tree in loaded.items():
+            expected = {path: value for path, (_, _, value) in arrays[name].items()}
+            if faults := wrong(expected, checksums(tree)):
+                more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
+                raise self._damaged(step, f"checksums do not hold for {name}: {', '.join(faults[:4])}{more}")
+        return loaded
+
+    def _metadata(self, step: int) -> tuple[Mapping[str, PyTree], dict[str, Any]]:
+        """The stored trees of shapes, and the record."""
+        try:
+            found = self._orbax.checkpointables_metadata(step)
+            stored, record = found.metadata, dict(found.custom_metadata)
+        except UNREADABLE as error:
+            raise self._damaged(step, _cause(error)) from error
+        seal = record.pop("seal", None)
+        if _seal(record)["seal"] != seal:
+            raise self._damaged(step, "its record is not what was written")
+        return stored, record
+
+    def _damaged(self, step: int, what: str) -> Damaged:
+        return Damaged(f"{self.folder}/{step} is damaged: {what}. There are checkpoints of steps {self.steps()}")
+
+    def _set_aside(self, step: int) -> Path:
+        """Takes a checkpoint out of the list without deleting it."""
+        source = self.folder / str(step)
+        number, target = 1, source.with_name(f"{step}.damaged")
+        while target.exists():
+            number, target = number + 1, source.with_name(f"{step}.damaged-{number + 1}")
+        source.rename(target)
+        self._orbax.reload()
+        return target
 
     def wait(self) -> None:
         """Returns when nothing is being saved.
@@ -171,13 +252,13 @@ def abstract(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
     return jax.tree.map(concrete, tree)
 
 
-def _compare(stored: Mapping[str, PyTree], wanted: Mapping[str, PyTree], where: str) -> None:
+def _compare(arrays: Mapping[str, Mapping[str, list]], wanted: Mapping[str, PyTree], where: str) -> None:
     """Refuses to load into another tree: Orbax itself would cast dtypes and hide the cause of the rest."""
-    found, asked = ({name: _leaves(tree[name]) for name in wanted} for tree in (stored, wanted))
     faults = []
-    for name in wanted:
-        for path in sorted(found[name].keys() | asked[name].keys()):
-            a, b = found[name].get(path), asked[name].get(path)
+    for name, tree in wanted.items():
+        found, asked = {path: entry[:2] for path, entry in arrays[name].items()}, _leaves(tree)
+        for path in sorted(found.keys() | asked.keys()):
+            a, b = found.get(path), asked.get(path)
             if a != b:
                 faults.append(f"{name}.{path}: the checkpoint has {_text(a)}, the config asks for {_text(b)}")
     if faults:
@@ -188,14 +269,31 @@ def _compare(stored: Mapping[str, PyTree], wanted: Mapping[str, PyTree], where: 
         )
 
 
-def _leaves(tree: PyTree) -> dict[str, tuple]:
+def _seal(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with a hash of itself."""
+    text = json.dumps(record, sort_keys=True)
+    return {**record, "seal": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _cause(error: BaseException) -> str:
+    """What an exception began with, in a line: what Orbax raises last says little."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return f"{type(error).__name__}: {str(error)[:300].splitlines()[0] if str(error) else 'no reason given'}"
+
+
+def _leaves(tree: PyTree) -> dict[str, list]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    name = partial(jax.tree_util.keystr, simple=True, separator=".")
-    return {name(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves}
+    return {dotted(path): [str(leaf.dtype), list(leaf.shape)] for path, leaf in leaves}
 
 
-def _text(leaf: tuple | None) -> str:
-    return "nothing" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
+def _described(tree: PyTree) -> dict[str, list]:
+    sums = checksums(tree)
+    return {path: [*entry, sums[path]] for path, entry in _leaves(tree).items()}
+
+
+def _text(leaf: list | None) -> str:
+    return "nothing" if leaf is None else f"{leaf[0]}{leaf[1]}"
 
 
 def make_record(config: Mapping[str, Any], tokens: int, data_fingerprint: str) -> dict[str, Any]:

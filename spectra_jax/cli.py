@@ -7,15 +7,17 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
-from spectra_jax.errors import UserError
+from spectra_jax.errors import Stopped, UserError
 
 CONFIG_PREFIX = "--config."
+STOPPED = os.EX_TEMPFAIL  # 75: nothing is wrong, try again
 
 
 def main(command: str | None = None) -> None:
     """Runs `command` (or the one named first on the command line) and exits.
 
-    Exit status: 0, or 2 with one message where what the user gave cannot work.
+    Exit status: 0; 2 with one message where what the user gave cannot work; STOPPED where a signal ended a run that
+    the same command continues.
     """
     arguments = ([command] if command else []) + sys.argv[1:]
     # The C++ libraries under JAX log every notable thing on stderr, in the midst of the progress line.
@@ -26,6 +28,9 @@ def main(command: str | None = None) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(STOPPED)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough

@@ -1,4 +1,4 @@
-"""The one exception that the command line turns into a message instead of a traceback."""
+"""The exceptions that the command line turns into a message instead of a traceback."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,10 @@ from collections.abc import Iterable
 
 class UserError(Exception):
     """What the user gave cannot work. The message carries the numbers, the rule and the fix."""
+
+
+class Stopped(Exception):
+    """A signal asked a run to stop; its state is saved, and the same command goes on from there."""
 
 
 def one_of(value: str, allowed: Iterable[str], key: str) -> str:

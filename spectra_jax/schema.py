@@ -56,6 +56,7 @@ class Train:
     accumulate: int = 1  # microbatches per step
     loss_chunks: int = 8  # the vocabulary-sized logits exist for one chunk of the sequence at a time
     max_skipped: int = 20  # non-finite steps in a row before the run is given up
+    stuck_seconds: float = 3600.0  # without a finished step, compilation or evaluation: show all stacks, exit; 0: never
 
 
 @dataclass(frozen=True)

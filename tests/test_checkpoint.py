@@ -59,7 +59,7 @@ def test_everything_comes_back(tmp_path):
     writing.save(3, state, record)
     writing.close()
     reading = Checkpoints(tmp_path)
-    assert reading.steps() == [3] and reading.record(3) == record
+    assert reading.steps() == [3] and reading.record(3).items() >= record.items()
     assert same_bits(reading.restore(3, like(state)), state)
     assert same_bits(reading.restore_parameters(3, like(state["parameters"])), state["parameters"])
 
@@ -187,7 +187,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     (path,) = (tmp_path / FOLDER / "6" / "parameters").glob("ocdbt.process_0/d/*")
     path.write_bytes(damage(path.read_bytes()))
     checkpoints = Checkpoints(tmp_path, CONFIG)
-    with pytest.raises(UserError, match=rf"{FOLDER}/6 is damaged: .* earlier checkpoint; there are \[3, 6\]"):
+    with pytest.raises(UserError, match=rf"{FOLDER}/6 is damaged: .* There are checkpoints of steps \[3, 6\]"):
         checkpoints.restore(6, like(make_state()))
     assert same_bits(checkpoints.restore(3, like(make_state())), make_state(3))
 

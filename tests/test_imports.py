@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 BASE = {"errors", "schema", "suite", "config", "hardware", "progress"}
 MODEL = BASE | {"sharding", "weights", "model"}
 STEP = MODEL | {"train", "train.loss"}
-RUN = STEP | {"data", "checkpoint", "metrics", "evaluate", "train.workdir"}
+RUN = STEP | {"data", "checkpoint", "metrics", "evaluate", "train.guard", "train.workdir"}
 ALLOWED = {
     "errors": set(),
     "hardware": {"errors"},
@@ -27,9 +27,11 @@ ALLOWED = {
     "weights": {"errors", "schema", "sharding"},
     "model": {"errors", "schema", "suite", "sharding", "weights"},
     "data": {"errors", "schema", "suite"},
-    "checkpoint": {"errors", "schema", "config", "sharding"},
+    "checksum": set(),
+    "checkpoint": {"errors", "schema", "config", "sharding", "checksum"},
     "train.loss": {"sharding"},
     "train": MODEL | {"train.loss"},
+    "train.guard": {"errors"},
     "train.workdir": BASE | {"data"},
     "evaluate": MODEL | {"data", "train.loss"},
     "train.loop": RUN,

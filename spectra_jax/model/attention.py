@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from spectra_jax.errors import one_of
+from spectra_jax.sharding import in_mesh
 
 MASKED = -1e30  # finite, so that no row can turn into NaN
 
@@ -28,8 +30,11 @@ def causal_blocks(
     """
     B, T, N, H = q.shape
     K = k.shape[2]
+    # Said and not inferred: a dim of size 1 (one sequence, one key head) may lose its axis in a reshape.
+    batch, _, heads, _ = jax.typeof(q).sharding.spec
+    grouped = PartitionSpec(batch, None, heads, None, None) if in_mesh() else None
     # Heads before time: every head's product is then one contiguous matrix product.
-    q = jnp.transpose(q.reshape(B, T, K, N // K, H) * H**-0.5, (0, 2, 3, 1, 4))
+    q = jnp.transpose(jnp.reshape(q, (B, T, K, N // K, H), out_sharding=grouped) * H**-0.5, (0, 2, 3, 1, 4))
     k, v = jnp.transpose(k, (0, 2, 1, 3)), jnp.transpose(v, (0, 2, 1, 3))
     size = -(-T // blocks)
     runs = []
@@ -47,7 +52,9 @@ def causal_blocks(
             "bkgts,bksh->bkgth", shares.astype(v.dtype), v[:, :, :stop], preferred_element_type=jnp.float32
         )
         runs.append((mixed / total).astype(v.dtype))
-    return jnp.transpose(jnp.concatenate(runs, axis=3), (0, 3, 1, 2, 4)).reshape(B, T, N, H)
+    mixed = jnp.transpose(jnp.concatenate(runs, axis=3), (0, 3, 1, 2, 4))
+    joined = PartitionSpec(batch, None, heads, None) if in_mesh() else None
+    return jnp.reshape(mixed, (B, T, N, H), out_sharding=joined)
 
 
 ATTENTION: dict[str, Callable] = {"reference": reference, "causal_blocks": causal_blocks}

@@ -51,15 +51,16 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], tables: tuple, scales: Scales) -> Float[Array, "B T D"]:
         """What attention adds to the residual stream."""
         m, (B, T, _) = self.m, x.shape
-        out = self.rules("batch", "time", "heads")
-        q = self.q(x, out, scales["attention", "q"]).reshape(B, T, m.N, m.H)
-        k = self.k(x, out, scales["attention", "k"]).reshape(B, T, m.K, m.H)
-        v = self.v(x, out, scales["attention", "v"]).reshape(B, T, m.K, m.H)
-        mixed = get_attention(m.attention)(
-            rotate(q, tables), rotate(k, tables), v, blocks=m.attention_blocks
-        )
-        out = self.rules("batch", "time", "act")
-        return self.o(mixed.reshape(B, T, m.N * m.H), out, scales["attention", "o"])
+        joined, split = self.rules("batch", "time", "heads"), self.rules("batch", "time", "heads", None)
+
+        def heads(matrix: Linear, name: str, count: int) -> Array:
+            flat = matrix(x, joined, scales["attention", name])
+            return jnp.reshape(flat, (B, T, count, m.H), out_sharding=split)
+
+        q, k, v = heads(self.q, "q", m.N), heads(self.k, "k", m.K), heads(self.v, "v", m.K)
+        mixed = get_attention(m.attention)(rotate(q, tables), rotate(k, tables), v, blocks=m.attention_blocks)
+        mixed = jnp.reshape(mixed, (B, T, m.N * m.H), out_sharding=joined)
+        return self.o(mixed, self.rules("batch", "time", "act"), scales["attention", "o"])
 
 
 class MLP(nnx.Module):

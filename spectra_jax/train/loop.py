@@ -1,6 +1,6 @@
 """`spectra train`: composition of data, step, checkpoints, evaluation and metrics."""
 
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from spectra_jax import config as configs
 from spectra_jax import hardware
 from spectra_jax.checkpoint import Checkpoints, abstract, make_record
 from spectra_jax.data.loader import Loader
-from spectra_jax.errors import UserError
+from spectra_jax.errors import Stopped, UserError
 from spectra_jax.evaluate.perplexity import evaluate, make_sums, short_names
 from spectra_jax.metrics import MetricsWriter, Timer
 from spectra_jax.metrics import read as read_metrics
@@ -22,6 +22,7 @@ from spectra_jax.model.transformer import compute_dtype
 from spectra_jax.progress import ProgressLine
 from spectra_jax.schema import Config
 from spectra_jax.sharding import batch_sharding, make_mesh
+from spectra_jax.train.guard import StopRequest, Watchdog, only_run_in
 from spectra_jax.train.schedule import interventions
 from spectra_jax.train.step import State, init_state, make_step
 from spectra_jax.train.weight_stats import Codes, make_weight_stats
@@ -39,27 +40,31 @@ def train(config: Config, workdir: Path | str, *, accept_changes: bool = False) 
 
     Raises:
       UserError: the config, the data, the devices or the workdir do not fit, or too many steps were not finite.
+      Stopped: SIGTERM or SIGINT came; the state after the last step is saved.
     """
     workdir, mesh = Path(workdir), make_mesh(config)
-    loader = make_loader(config, "train")
-    with jax.set_mesh(mesh):
+    loader, first = make_loader(config, "train"), jax.process_index() == 0
+    with jax.set_mesh(mesh), ExitStack() as stack:
         get_rule(config.model.weight), graphdef_of(config.model)  # a bad config fails before anything is written
+        if first:
+            stack.enter_context(only_run_in(workdir))
         open_workdir(workdir, config, loader, accept_changes)
         with closing(Checkpoints(workdir, config)) as checkpoints:  # a save under way is finished, come what may
-            start = max(checkpoints.steps(), default=0)
-            state = restore_or_init(config, mesh, checkpoints, start)
+            start, state = restore_or_init(config, mesh, checkpoints)
             with (
                 MetricsWriter(
                     workdir, tensorboard=config.metrics.tensorboard, wandb=config.metrics.wandb,
                     run_name=config.name, config=configs.to_dict(config),
-                    resume_step=start if start else -1, enabled=jax.process_index() == 0,
+                    resume_step=start if start else -1, enabled=first,
                 ) as writer,
                 ProgressLine(config.steps) as progress,
+                Watchdog(config.train.stuck_seconds) as watchdog,
+                StopRequest() as stop,
             ):
-                run = Run(config, mesh, loader, checkpoints, writer, progress)
+                run = Run(config, mesh, loader, checkpoints, writer, progress, watchdog, stop)
                 progress.message(run.describe(workdir, start))
                 run.steps(state, start)
-    return last_records(workdir) if jax.process_index() == 0 else {}
+    return last_records(workdir) if first else {}
 
 
 def last_records(workdir: Path) -> dict[str, Any]:
@@ -80,18 +85,20 @@ def make_loader(config: Config, split: str, mixture: tuple | None = None) -> Loa
     )
 
 
-def restore_or_init(config: Config, mesh: Mesh, checkpoints: Checkpoints, start: int) -> State:
-    """The state after `start` steps: from this run's checkpoint, else fresh from the seed. Never both in memory."""
-    init = partial(init_state, config)
-    if start > config.steps:
+def restore_or_init(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> tuple[int, State]:
+    """How many steps are done, and the state after them: from the newest checkpoint, else fresh from the seed.
+
+    Never both are in memory.
+    """
+    init, newest = partial(init_state, config), max(checkpoints.steps(), default=0)
+    if newest > config.steps:
         raise UserError(
-            f"the workdir's newest checkpoint is of step {start}, beyond the {config.steps} steps of the config; "
-            f"train for at least {start} steps or use a new --workdir"
+            f"the workdir's newest checkpoint is of step {newest}, beyond the {config.steps} steps of the config; "
+            f"train for at least {newest} steps or use a new --workdir"
         )
-    if start:
-        like = abstract(jax.eval_shape(init, jax.random.key(config.seed)), mesh)
-        return checkpoints.restore(start, like)
-    return jax.jit(init)(jax.random.key(config.seed))
+    if newest:
+        return checkpoints.restore_newest(abstract(jax.eval_shape(init, jax.random.key(config.seed)), mesh))
+    return 0, jax.jit(init)(jax.random.key(config.seed))
 
 
 @dataclass
@@ -104,6 +111,8 @@ class Run:
     checkpoints: Checkpoints
     writer: MetricsWriter
     progress: ProgressLine
+    watchdog: Watchdog
+    stop: StopRequest
 
     def __post_init__(self):
         config, paths = self.config, [path for path, _ in self.config.mixture]
@@ -132,16 +141,20 @@ class Run:
         step_fn, pending = self.compile(state), None
         with self.loader.batches(start, config.steps, self.sharding, threads=config.data.read_threads) as batches:
             for done in range(start + 1, config.steps + 1):
+                self.watchdog.kick()
                 with timer.phase("stall"):
                     batch = next(batches)
                 state, metrics = step_fn(state, batch)
                 if pending:
                     self.report(*pending)
                 pending = (done, metrics)
-                if self.due(done):
+                stopping = self.stop.signal is not None and done < config.steps  # read once: it can come at any time
+                if stopping or self.due(done):
                     self.report(*pending)
                     pending = None
                     self.pause(done, state)
+                if stopping:
+                    self.leave(done, state)
         return state
 
     def compile(self, state: State):
@@ -170,6 +183,7 @@ class Run:
             self.look_at_weights(done, state)
         if self.evaluation_due(done):
             self.evaluate(done, state)
+        self.watchdog.kick()
         if self.checkpoints.should_save(done):
             self.save(done, state)
 
@@ -230,14 +244,24 @@ class Run:
                 f"({q.bits_per_byte:.4f} bits/byte)"
             )
 
-    def save(self, done: int, state: State) -> None:
+    def leave(self, done: int, state: State) -> None:
+        """Saves the state after step `done`, if that is not done yet, and ends the run."""
+        name = self.stop.signal.name
+        self.checkpoints.wait()
+        if done not in self.checkpoints.steps():
+            self.save(done, state, force=True)
+            self.checkpoints.wait()
+        self.writer.event(done, f"stopped by {name}")
+        raise Stopped(f"{name}: saved after step {done}; the same command continues from there")
+
+    def save(self, done: int, state: State, *, force: bool = False) -> None:
         """Starts to save the state after step `done`."""
         record = make_record(
             configs.to_dict(self.config), done * self.config.tokens_per_step, self.loader.fingerprint
         )
         with self.timer.phase("checkpoint"):
             self.writer.flush()
-            self.checkpoints.save(done, state, record)
+            self.checkpoints.save(done, state, record, force=force)
 
     def describe(self, workdir: Path, start: int) -> str:
         """What is about to happen, in a few lines."""

@@ -167,7 +167,7 @@ def test_config_commit_and_data_are_on_record():
     assert configs.from_dict(there["config"]) == config and there["data_fingerprint"] == fingerprint
     assert (workdir / "tokenizer.json").read_bytes() == (data() / "tokenizer.json").read_bytes()
     assert sorted(path.name for path in workdir.iterdir()) == [
-        "checkpoints", "config.json", "metrics.jsonl", "tokenizer.json"
+        "checkpoints", "config.json", "lock", "metrics.jsonl", "tokenizer.json"
     ]
 
 

@@ -12,6 +12,8 @@ from helpers import ROOT, TINY, arguments, data, environment, same_bits
 from orbax.checkpoint import v1 as ocp
 
 from spectra_jax import metrics
+from spectra_jax.checkpoint import Checkpoints
+from spectra_jax.cli import STOPPED
 
 STEPS, EVERY = 300, 40
 OVERRIDES = (
@@ -85,7 +87,33 @@ def test_killed_and_resumed_is_bit_equal(tmp_path):
         assert sorted(p.name for p in (killed / name).iterdir()) == sorted(p.name for p in (straight / name).iterdir())
 
 
-def test_interrupted_from_the_keyboard(tmp_path):
-    process = start(tmp_path / "run", quick=True)
-    stderr = stop(process, tmp_path / "run", 3, signal.SIGINT)
-    assert process.returncode == 130 and "Traceback" not in stderr, stderr
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(tmp_path, by):
+    workdir = tmp_path / "run"
+    process = start(workdir, quick=True)
+    stderr = stop(process, workdir, 3, by)
+    assert process.returncode == STOPPED and "Traceback" not in stderr, stderr
+    left = last_step(workdir)
+    assert f"{by.name}: saved after step {left}; the same command continues from there" in stderr
+    assert max(Checkpoints(workdir).steps()) == left
+    process = start(workdir, quick=True)
+    again = stop(process, workdir, left + 3, signal.SIGKILL)
+    assert f"resuming after step {left}, " in again.splitlines()[0]
+    steps = [r["step"] for r in metrics.read(workdir) if r["kind"] == "train"]
+    assert steps == list(range(1, len(steps) + 1)), "no step is missing, none is there twice"
+
+
+def test_the_second_of_two_runs_in_a_folder_is_refused(tmp_path):
+    workdir = tmp_path / "run"
+    process = start(workdir, quick=True)
+    while last_step(workdir) < 1 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)  # it would be finished before the second has started
+    second = start(workdir, quick=True)
+    _, stderr = second.communicate(timeout=120)
+    assert second.returncode == 2 and f"{workdir} is in use by process {process.pid}: " in stderr
+    process.kill()
+    process.communicate()
+    third = start(workdir, quick=True)
+    stop(third, workdir, 5, signal.SIGKILL)
+    assert last_step(workdir) > 5, "the lock ended with its process"

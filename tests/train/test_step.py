@@ -142,6 +142,20 @@ def one_device(config: Config) -> tuple[list[dict], dict]:
     return metrics, jax.device_get(state["parameters"])
 
 
+@pytest.mark.parametrize("K", [1, 4])
+def test_one_sequence_on_a_mesh(K):
+    """Where B or K is 1, a reshape may lose the axis that the dim is sharded over."""
+    plain = tiny("data.batch=1", f"model.K={K}")
+    batch = records(0, rows=1)
+    config, mesh = on_mesh(plain, 1, 1, 1)
+    with jax.set_mesh(mesh):
+        shapes = abstract(jax.eval_shape(functools.partial(init_state, config), jax.random.key(0)), mesh)
+        state = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), first_state(config), shapes)
+        _, metrics = jax.jit(make_step(config))(state, jax.device_put(batch, batch_sharding(mesh)))
+    _, (expected,) = run(plain, [batch])
+    assert float(metrics["loss"]) == pytest.approx(expected["loss"], rel=1e-6)
+
+
 def test_a_step_that_is_not_finite_changes_nothing():
     """An infinite row of the embedding that only one batch reads."""
     config = tiny("optimizer.no_decay=norm,embedding", "schedule.shape=linear")
