@@ -129,6 +129,18 @@ def plot(args: argparse.Namespace) -> None:
     print(args.out)
 
 
+def checkpoints(args: argparse.Namespace) -> None:
+    from spectra_jax.verify import table
+
+    print(table(args.workdir))
+
+
+def verify(args: argparse.Namespace) -> None:
+    from spectra_jax.verify import verify
+
+    print(verify(args.workdir))
+
+
 def suite(args: argparse.Namespace) -> None:
     from spectra_jax.suite import table
 
@@ -218,6 +230,11 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     arg("--out", default="loss.png", help=".png, .pdf or .svg (default %(default)s)")
     arg("--x", default="tokens", help="tokens or step (default %(default)s)")
     arg("--smooth", type=float, default=0.02, help="share of the curve to average over (default %(default)s)")
+
+    arg = add(checkpoints, "List the checkpoints of a run: step, tokens, loss, size, whether their checksums hold.")
+    arg("workdir", help="folder of the run")
+    arg = add(verify, "Read every checkpoint of a run and compare each array with its checksum.")
+    arg("workdir", help="folder of the run")
 
     add(suite, "Print the published suite: sizes, learning rates, sizes in bits.")
     arg = add(quickstart, "Train a FloatLM and a TriLM on the shipped corpus and compare them, in minutes on a CPU.")

@@ -40,10 +40,11 @@ ALLOWED = {
     "quantize": MODEL | {"data", "checkpoint", "metrics", "evaluate", "serve"},
     "interop": MODEL | {"data", "checkpoint", "serve"},
     "analysis": MODEL | {"checkpoint", "metrics", "serve"},
+    "verify": BASE | {"metrics", "checkpoint"},
     "aot": STEP,
 }
 # Modules that exist for `python -m spectra_jax.COMMAND`: they hand over to the command line.
-ENTRIES = {"prepare", "plot", "generate", "train.__main__", "evaluate.__main__"}
+ENTRIES = {"checkpoints", "prepare", "plot", "generate", "train.__main__", "evaluate.__main__"}
 ALLOWED |= dict.fromkeys(ENTRIES, {"cli"})
 # The command line, and commands that compose all the rest.
 COMMANDS = {"cli", "quickstart", "sweep"}
