@@ -11,7 +11,7 @@ from spectra_jax.progress import human
 
 @dataclass(frozen=True)
 class Row:
-    """One checkpoint. `fault` says what is wrong with it, "" if nothing is; `loss` is the last one on record by then."""
+    """One checkpoint. `fault` says what is wrong with it, "" if nothing is; `loss` is the last one recorded by then."""
 
     step: int
     tokens: int | None
