@@ -1,18 +1,18 @@
-"""Saved states of a run: rolling ones to resume from, permanent ones to keep. The only file that knows Orbax.
+"""Saved states of a run: rolling ones to resume from, permanent ones to keep. The only file that knows Orbax's calls.
 
 A checkpoint holds two trees, "parameters" and "training" (optimizer, step, counts), so that evaluation reads the
-first alone, and a sealed record: what made it (config, tokens, data fingerprint, commit, versions), and every array's
-dtype, shape and checksum, taken on the devices before anything was written. What is on the disk is believed only as
-far as it agrees with the record: Orbax alone restores a flipped bit without a word.
+first alone and a permanent one may leave out the second, and the record of record.py. What is on the disk is
+believed only as far as it agrees with the record: Orbax alone restores a flipped bit without a word.
 """
 
-import hashlib
-import json
 import logging
+import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-from spectra_jax.checksum import checksums, dotted, wrong
+from spectra_jax import record as records
+from spectra_jax.checksum import checksums, wrong
+from spectra_jax.distributed import anywhere
 from spectra_jax.errors import UserError
+from spectra_jax.progress import human
+from spectra_jax.record import Damaged, Record
+from spectra_jax.retention import Plan, Policy
 from spectra_jax.schema import Config
 
-FOLDER = "checkpoints"
+FOLDER, RECORD = "checkpoints", "record"
 # What Orbax and the libraries below it raise for files that were cut, changed or removed.
 UNREADABLE = (KeyError, ValueError, TypeError, AttributeError, OSError)
-
-
-class Damaged(UserError):
-    """A checkpoint cannot be read, or does not hold what was saved."""
-
 
 # Orbax logs a failed save from every thread that it passes through, each time with its traceback: a thousand lines.
 # The exception that reaches us says it once.
@@ -40,7 +40,7 @@ logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathnam
 
 
 class Checkpoints:
-    """The checkpoints of one workdir. Saving is asynchronous; `close` waits for it."""
+    """The checkpoints of one workdir. Saving and reading back go on beside training; `close` waits for both."""
 
     def __init__(self, workdir: Path | str, config: Config | None = None):
         """Opens for reading, and with a config for writing by its schedule.
@@ -51,12 +51,17 @@ class Checkpoints:
         self.folder = Path(workdir).absolute() / FOLDER
         if config is None and not self.folder.is_dir():
             raise UserError(f"{self.folder} does not exist: {workdir} holds no checkpoints")
+        self.plan = Plan(config) if config else None
+        self._policy = Policy(self.plan) if config else None
+        self._read_back = bool(config and config.checkpoint.read_back and jax.process_index() == 0)
+        self._threads = ThreadPoolExecutor(2, "checkpoints")
+        self._done = self._saving = self._reading = self._threads.submit(lambda: None)
         try:
             if config is not None:
                 self.folder.mkdir(parents=True, exist_ok=True)
-            # Folders of saves that a kill cut short would stay for ever without the clean-up.
             self._orbax = ocp.training.Checkpointer(
-                self.folder, **({} if config is None else _policies(config)),
+                self.folder, preservation_policy=self._policy,
+                # Folders of saves that a kill cut short would stay for ever without the clean-up.
                 cleanup_tmp_directories=config is not None,
             )
         except OSError as error:
@@ -66,65 +71,123 @@ class Checkpoints:
         """Steps with a finished checkpoint, ascending."""
         return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
 
-    def should_save(self, step: int) -> bool:
-        """Whether the schedule wants this step."""
-        return self._orbax.should_save(step)
+    def chosen(self, step: int | None) -> list[int]:
+        """That step alone, or all for None.
 
-    def save(self, step: int, state: Mapping[str, PyTree], record: Mapping[str, Any], *, force: bool = False) -> None:
+        Raises:
+          UserError: there is no such checkpoint, or none at all.
+        """
+        found = self.steps()
+        if not found or (step is not None and step not in found):
+            of = "" if step is None else f" of step {step}"
+            raise UserError(f"{self.folder.parent} has no checkpoint{of}; it has {found}")
+        return found if step is None else [step]
+
+    def save(self, step: int, state: Mapping[str, PyTree], content: Mapping[str, Any], *, full: bool = False) -> None:
         """Starts to save; the arrays are copied before it returns, so that the state may be donated.
 
         Args:
-          force: save although the schedule does not want this step.
+          content: goes into the record.
+          full: save the whole state whatever the plan says.
 
         Raises:
           UserError: the save before this one failed, e.g. for want of space.
         """
-        trees = {
-            "parameters": state["parameters"],
-            "training": {name: tree for name, tree in state.items() if name != "parameters"},
-        }
-        sealed = _seal({**record, "step": step, "arrays": {name: _described(tree) for name, tree in trees.items()}})
-        with _readable_errors(self.folder):
-            self._orbax.save_checkpointables_async(step, trees, custom_metadata=sealed, force=force)
+        self.wait()
+        trees = _trees(state)
+        if self.plan.weights_only(step) and not full:
+            del trees["training"]
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+        items = {**trees, RECORD: Record({**content, "step": step}, trees)}
+        with _readable_errors(self.folder, needed):
+            # Weights alone that a run saved before it was resumed from further back are saved again.
+            response = self._orbax.save_checkpointables_async(step, items, force=True, overwrite=step in self.steps())
+        self._saving = self._threads.submit(self._finish, response.result, needed)
+        if self._read_back and "training" in trees and not self.reading:
+            self._policy.reading = step
+            self._reading = self._threads.submit(self._read, step, self._saving)
+
+    def _finish(self, wait: Callable[[], bool], needed: int) -> None:
+        with _readable_errors(self.folder, needed):
+            wait()
+
+    def _read(self, step: int, saving: Future) -> None:
+        """Reads back what was saved, so that retention knows; in another process, as Orbax's threads share a state."""
+        if saving.exception() is None:
+            command = [sys.executable, "-m", "spectra_jax.verify", f"{self.folder.parent}@{step}"]
+            child = subprocess.Popen(
+                command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                text=True,
+            )
+            os.setpriority(os.PRIO_PROCESS, child.pid, 10)  # training goes first
+            _, said = child.communicate()
+            if child.returncode == 0:
+                self._policy.sound.add(step)
+            else:
+                said = f"reading back step {step}: {said.strip()}\nan older checkpoint stays"
+                print(said, file=sys.stderr, flush=True)
 
     def record(self, step: int) -> dict[str, Any]:
-        """The `record` that the checkpoint was saved with, and its arrays: name -> path -> dtype, shape, checksum.
+        """The content that the checkpoint was saved with, and its arrays: name -> path -> dtype, shape, checksum.
 
         Raises:
           Damaged: it cannot be read, or is not what was written.
         """
-        return self._metadata(step)[1]
+        with self._readable(step):
+            return records.read(self.folder / str(step) / RECORD)
 
-    def restore_newest(self, like: Mapping[str, PyTree]) -> tuple[int, dict[str, PyTree]]:
-        """The newest step whose checksums hold, and its state. Damaged ones are named on stderr and set aside.
+    def restore_newest(self, like: Mapping[str, PyTree]) -> tuple[int, dict[str, PyTree]] | None:
+        """The newest full state whose checksums hold, and its step; None where there are weights alone or nothing.
+
+        Damaged ones are named on stderr and set aside; of several processes, all take the same one.
 
         Raises:
-          UserError: none is left, or one holds another tree, shape or dtype.
+          UserError: only damaged ones are there, or one holds another tree, shape or dtype.
         """
         damaged = []
         for step in reversed(self.steps()):
+            state, fault = None, ""
             try:
-                return step, self.restore(step, like)
+                if "training" not in self.record(step)["arrays"]:
+                    continue
+                state = self.restore(step, like)
             except Damaged as error:
-                damaged.append(self._set_aside(step))
-                print(f"{error}\nset aside as {damaged[-1]}", file=sys.stderr, flush=True)
-        raise UserError(
-            f"no checkpoint in {self.folder} can be used; damaged ones are kept as {', '.join(map(str, damaged))}. "
-            "Restore a copy of one of them, or start again to train from the beginning"
-        )
+                fault = str(error)
+            if not anywhere(bool(fault)):
+                if self._policy:
+                    self._policy.sound.add(step)
+                return step, state
+            damaged.append(self._set_aside(step))
+            if jax.process_index() == 0 or fault:
+                print(f"{fault or 'another process cannot read it'}\nset aside as {damaged[-1]}", file=sys.stderr)
+        if damaged:
+            raise UserError(
+                f"no checkpoint in {self.folder} can be used; damaged ones are kept as {', '.join(map(str, damaged))}. "
+                "Restore a copy of one of them, or start again to train from the beginning"
+            )
+        return None
 
     def verify(self, step: int) -> None:
-        """Reads all of a checkpoint onto one device and compares it with its checksums.
+        """Reads a checkpoint, one array after the other, into this host's memory and compares it with its checksums.
 
         Raises:
           Damaged: it is not what was saved.
         """
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        stored, record = self._metadata(step)
-        if missing := [name for name in record["arrays"] if not jax.tree.leaves(stored.get(name))]:
-            raise self._damaged(step, f"{' and '.join(missing)} cannot be read")
-        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), dict(stored))
-        self._load(step, wanted)
+        arrays, path = self.record(step)["arrays"], self.folder / str(step)
+        on_host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        with self._readable(step):
+            for name, entries in arrays.items():
+                stored = ocp.metadata(path, checkpointable_name=name).metadata
+                if records.describe(stored) != {where: entry[:2] for where, entry in entries.items()}:
+                    raise Damaged(f"{name} holds other arrays than its record")
+                leaves, structure = jax.tree.flatten(stored)
+                found = {}
+                for i, (leaf, where) in enumerate(zip(leaves, records.describe(stored))):
+                    wanted = [ocp.PLACEHOLDER] * len(leaves)
+                    wanted[i] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_host)
+                    tree = ocp.load(path, structure.unflatten(wanted), checkpointable_name=name)
+                    found |= checksums({where: jax.tree.leaves(tree)[i]})
+                _check(entries, found, name)
 
     def size(self, step: int) -> int:
         """Bytes on disk."""
@@ -137,11 +200,7 @@ class Checkpoints:
           Damaged: it cannot be read, or an array is not the one that was saved.
           UserError: it holds another tree, shape or dtype; every difference is named.
         """
-        wanted = {
-            "parameters": like["parameters"],
-            "training": {name: tree for name, tree in like.items() if name != "parameters"},
-        }
-        loaded = self._load(step, wanted)
+        loaded = self._load(step, _trees(like))
         return {"parameters": loaded["parameters"], **loaded["training"]}
 
     def restore_parameters(self, step: int, like: PyTree) -> PyTree:
@@ -154,32 +213,23 @@ class Checkpoints:
 
     def _load(self, step: int, wanted: dict[str, PyTree]) -> dict[str, PyTree]:
         arrays = self.record(step)["arrays"]
-        _compare(arrays, wanted, f"{self.folder}/{step}")
-        try:
+        records.compare(arrays, wanted, self.folder / str(step))
+        with self._readable(step):
             loaded = self._orbax.load_checkpointables(step, wanted)
-        except UNREADABLE as error:
-            raise self._damaged(step, _cause(error)) from error
-        for name, tree in loaded.items():
-            expected = {path: value for path, (_, _, value) in arrays[name].items()}
-            if faults := wrong(expected, checksums(tree)):
-                more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
-                raise self._damaged(step, f"checksums do not hold for {name}: {', '.join(faults[:4])}{more}")
+            for name, tree in loaded.items():
+                _check(arrays[name], checksums(tree), name)
         return loaded
 
-    def _metadata(self, step: int) -> tuple[Mapping[str, PyTree], dict[str, Any]]:
-        """The stored trees of shapes, and the record."""
+    @contextmanager
+    def _readable(self, step: int) -> Iterator[None]:
+        """Turns what is raised for files that were cut, changed or removed into Damaged."""
         try:
-            found = self._orbax.checkpointables_metadata(step)
-            stored, record = found.metadata, dict(found.custom_metadata)
-        except UNREADABLE as error:
-            raise self._damaged(step, _cause(error)) from error
-        seal = record.pop("seal", None)
-        if _seal(record)["seal"] != seal:
-            raise self._damaged(step, "its record is not what was written")
-        return stored, record
-
-    def _damaged(self, step: int, what: str) -> Damaged:
-        return Damaged(f"{self.folder}/{step} is damaged: {what}. There are checkpoints of steps {self.steps()}")
+            yield
+        except (Damaged, *UNREADABLE) as error:
+            what = str(error) if isinstance(error, Damaged) else _cause(error)
+            raise Damaged(
+                f"{self.folder}/{step} is damaged: {what}. There are checkpoints of steps {self.steps()}"
+            ) from error
 
     def _set_aside(self, step: int) -> Path:
         """Takes a checkpoint out of the list without deleting it."""
@@ -187,9 +237,22 @@ class Checkpoints:
         number, target = 1, source.with_name(f"{step}.damaged")
         while target.exists():
             number, target = number + 1, source.with_name(f"{step}.damaged-{number + 1}")
-        source.rename(target)
+        anywhere(True)  # all processes have found the free name before one takes it
+        if jax.process_index() == 0:
+            source.rename(target)
+        anywhere(True)
         self._orbax.reload()
         return target
+
+    @property
+    def reading(self) -> bool:
+        """Whether a checkpoint is being read back."""
+        return not self._reading.done()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save has failed; `wait` raises what it failed of."""
+        return self._saving.done() and self._saving.exception() is not None
 
     def wait(self) -> None:
         """Returns when nothing is being saved.
@@ -197,48 +260,72 @@ class Checkpoints:
         Raises:
           UserError: the save failed.
         """
-        with _readable_errors(self.folder):
-            self._orbax.wait()
+        saving, self._saving = self._saving, self._done
+        saving.result()
 
     def close(self) -> None:
-        """Waits for the save under way and closes."""
-        with _readable_errors(self.folder):
+        """Waits for what is under way, reading back included, and closes.
+
+        Raises:
+          UserError: the last save failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._threads.shutdown()
             self._orbax.close()
 
 
-def _policies(config: Config) -> dict[str, Any]:
-    """When to save, and what to keep."""
-    decide, keep = ocp.training.save_decision_policies, ocp.training.preservation_policies
-    permanent = config.permanent_steps
+def parse_checkpoint(text: str) -> tuple[Path, int | None]:
+    """WORKDIR or WORKDIR@STEP.
+
+    Raises:
+      UserError: STEP is not a number.
+    """
+    path, at, step = text.rpartition("@")
+    if not at:
+        return Path(text), None
+    if not step.isdigit():
+        raise UserError(f"{text}: {step!r} is not a step; write WORKDIR or WORKDIR@STEP")
+    return Path(path), int(step)
+
+
+def _trees(state: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """A state as the items of a checkpoint."""
     return {
-        "save_decision_policy": decide.AnySavePolicy([
-            decide.FixedIntervalPolicy(config.checkpoint.every_steps),
-            decide.SpecificStepsPolicy((*permanent, config.steps)),
-        ]),
-        "preservation_policy": keep.AnyPreservationPolicy([
-            keep.LatestN(config.checkpoint.keep), keep.CustomSteps(permanent),
-        ]),
+        "parameters": state["parameters"],
+        "training": {name: tree for name, tree in state.items() if name != "parameters"},
     }
 
 
-class _readable_errors:
+def _check(entries: Mapping[str, list], found: Mapping[str, str], name: str) -> None:
+    """Compares checksums with those on record."""
+    if faults := wrong({path: expected for path, (_, _, expected) in entries.items()}, found):
+        more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
+        raise Damaged(f"checksums do not hold for {name}: {', '.join(faults[:4])}{more}")
+
+
+def _cause(error: BaseException) -> str:
+    """What an exception began with, in a line: what Orbax raises last says little."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return f"{type(error).__name__}: {str(error)[:300].splitlines()[0] if str(error) else 'no reason given'}"
+
+
+@contextmanager
+def _readable_errors(folder: Path, needed: int) -> Iterator[None]:
     """Turns what the storage layer raises for a full or unwritable disk into a UserError."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
+    try:
+        yield
+    except (OSError, ValueError) as error:
         # tensorstore raises ValueError for whatever the operating system refuses, and adds its error number.
-        storage = isinstance(error, OSError) or (isinstance(error, ValueError) and "os_error_code=" in str(error))
-        if storage:
-            reason = str(error).strip().splitlines()[0][:300]
-            raise UserError(
-                f"could not save a checkpoint in {self.folder}: {reason}. Earlier checkpoints are intact: free some "
-                "space or give another --workdir, and start again to resume"
-            ) from error
+        if not isinstance(error, OSError) and "os_error_code=" not in str(error):
+            raise
+        raise UserError(
+            f"could not save a checkpoint in {folder}: {str(error).strip().splitlines()[0][:300]}. It needs "
+            f"{human(needed)}B at most, {human(shutil.disk_usage(folder).free)}B are free. Earlier checkpoints are "
+            "intact: free some space or give another --workdir, and start again to resume"
+        ) from error
 
 
 def abstract(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
@@ -250,71 +337,3 @@ def abstract(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(concrete, tree)
-
-
-def _compare(arrays: Mapping[str, Mapping[str, list]], wanted: Mapping[str, PyTree], where: str) -> None:
-    """Refuses to load into another tree: Orbax itself would cast dtypes and hide the cause of the rest."""
-    faults = []
-    for name, tree in wanted.items():
-        found, asked = {path: entry[:2] for path, entry in arrays[name].items()}, _leaves(tree)
-        for path in sorted(found.keys() | asked.keys()):
-            a, b = found.get(path), asked.get(path)
-            if a != b:
-                faults.append(f"{name}.{path}: the checkpoint has {_text(a)}, the config asks for {_text(b)}")
-    if faults:
-        more = f"\n  and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise UserError(
-            f"{where} is of another model or optimizer:\n  " + "\n  ".join(faults[:8]) + more
-            + "\nuse the config that the checkpoint was made with (config.json beside it), or another workdir"
-        )
-
-
-def _seal(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with a hash of itself."""
-    text = json.dumps(record, sort_keys=True)
-    return {**record, "seal": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _cause(error: BaseException) -> str:
-    """What an exception began with, in a line: what Orbax raises last says little."""
-    while cause := error.__cause__ or error.__context__:
-        error = cause
-    return f"{type(error).__name__}: {str(error)[:300].splitlines()[0] if str(error) else 'no reason given'}"
-
-
-def _leaves(tree: PyTree) -> dict[str, list]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {dotted(path): [str(leaf.dtype), list(leaf.shape)] for path, leaf in leaves}
-
-
-def _described(tree: PyTree) -> dict[str, list]:
-    sums = checksums(tree)
-    return {path: [*entry, sums[path]] for path, entry in _leaves(tree).items()}
-
-
-def _text(leaf: list | None) -> str:
-    return "nothing" if leaf is None else f"{leaf[0]}{leaf[1]}"
-
-
-def make_record(config: Mapping[str, Any], tokens: int, data_fingerprint: str) -> dict[str, Any]:
-    """What a checkpoint says about its origin, JSON-ready."""
-    return {
-        "config": dict(config),
-        "tokens": tokens,
-        "data_fingerprint": data_fingerprint,
-        "git_commit": git_commit(),
-        "versions": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")},
-    }
-
-
-def git_commit() -> str:
-    """The commit of the code that runs, with "+changes" if files differ from it; "unknown" outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-        status = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
-    except FileNotFoundError:  # no git on this machine
-        return "unknown"
-    if head.returncode:
-        return "unknown"
-    return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")

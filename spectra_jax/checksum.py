@@ -44,11 +44,20 @@ def _checksums(leaves: list[Array]) -> list[Array]:
 dotted = partial(jax.tree_util.keystr, simple=True, separator=".")
 
 
+def start_sums(tree: PyTree) -> dict[str, UInt32[Array, "2"]]:
+    """Dotted path -> sums of every array of a tree; the devices are at work on them when it returns."""
+    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree))
+    return {dotted(path): sums for path, sums in zip(paths, _checksums(list(leaves)))}
+
+
+def read_sums(started: Mapping[str, UInt32[Array, "2"]]) -> dict[str, str]:
+    """The same as 16 hex digits each, once they are there."""
+    return {path: f"{plain:08x}{weighted:08x}" for path, (plain, weighted) in jax.device_get(dict(started)).items()}
+
+
 def checksums(tree: PyTree) -> dict[str, str]:
     """Dotted path -> 16 hex digits, for every array of a tree."""
-    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree))
-    sums = jax.device_get(_checksums(list(leaves)))
-    return {dotted(path): f"{plain:08x}{weighted:08x}" for path, (plain, weighted) in zip(paths, sums)}
+    return read_sums(start_sums(tree))
 
 
 def wrong(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:

@@ -75,10 +75,13 @@ def _check_names(arguments: Sequence[str], commands: Mapping[str, argparse.Argum
 
 
 def train(args: argparse.Namespace) -> None:
-    from spectra_jax import config
+    from spectra_jax import config, distributed
     from spectra_jax.train.loop import train
 
-    train(config.load(args.config, args.overrides), args.workdir, accept_changes=args.accept_changes)
+    settings = config.load(args.config, args.overrides)
+    if args.distributed:
+        distributed.start(settings.train.heartbeat_seconds)
+    train(settings, args.workdir, accept_changes=args.accept_changes)
 
 
 def sweep(args: argparse.Namespace) -> None:
@@ -186,6 +189,9 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     arg("--config", required=True, metavar="FILE.py[:ARG]", help="config file and the argument of its get_config")
     arg("--workdir", required=True, help="folder of the run; one that holds this run already is resumed")
     arg("--accept-changes", action="store_true", help="resume although config or data differ from the run's")
+    arg("--distributed", action="store_true", help="one of several processes of this run: TPU pod slices, Slurm steps, "
+        "MPI and Kubernetes jobs are recognised; elsewhere set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES "
+        "and JAX_PROCESS_ID")
 
     arg = add(sweep, "Train every row of a sweep, skipping finished ones, and draw them.", overrides, True)
     arg("--sweep", required=True, metavar="FILE.py[:ARG]", help="sweep file and the argument of its get_sweep")
@@ -231,10 +237,11 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     arg("--x", default="tokens", help="tokens or step (default %(default)s)")
     arg("--smooth", type=float, default=0.02, help="share of the curve to average over (default %(default)s)")
 
+    run = {"metavar": "WORKDIR[@STEP]", "help": "folder of the run, by default with all its checkpoints"}
     arg = add(checkpoints, "List the checkpoints of a run: step, tokens, loss, size, whether their checksums hold.")
-    arg("workdir", help="folder of the run")
+    arg("workdir", **run)
     arg = add(verify, "Read every checkpoint of a run and compare each array with its checksum.")
-    arg("workdir", help="folder of the run")
+    arg("workdir", **run)
 
     add(suite, "Print the published suite: sizes, learning rates, sizes in bits.")
     arg = add(quickstart, "Train a FloatLM and a TriLM on the shipped corpus and compare them, in minutes on a CPU.")

@@ -47,12 +47,19 @@ FIELDS: Mapping[str, tuple[int, Callable[[float], str]]] = {
 }
 
 
+class _Nowhere(io.TextIOBase):
+    def write(self, text: str) -> int:
+        """Forgets it."""
+        return len(text)
+
+
 class ProgressLine:
     """One line that says how training goes: redrawn in place on a terminal, else one per update."""
 
-    def __init__(self, total_steps: int, stream: io.TextIOBase | None = None):
+    def __init__(self, total_steps: int, stream: io.TextIOBase | None = None, *, enabled: bool = True):
+        """`enabled`: False on every process but the first, where each call then does nothing."""
         self._total = total_steps
-        self._stream = sys.stderr if stream is None else stream
+        self._stream = (stream or sys.stderr) if enabled else _Nowhere()
         self._live = self._stream.isatty()
         self._shown = ""  # what stands on the terminal's current line
 

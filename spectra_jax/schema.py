@@ -57,6 +57,7 @@ class Train:
     loss_chunks: int = 8  # the vocabulary-sized logits exist for one chunk of the sequence at a time
     max_skipped: int = 20  # non-finite steps in a row before the run is given up
     stuck_seconds: float = 3600.0  # without a finished step, compilation or evaluation: show all stacks, exit; 0: never
+    heartbeat_seconds: int = 100  # of several processes, one that is silent for so long is dead, and the others end
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,9 @@ class Checkpoint:
     keep: int = 2
     permanent_tokens: int = 10_000_000_000  # one kept for good per so many tokens; 0 for none
     permanent_final: bool = True
+    permanent_weights_only: bool = False  # the permanent ones but the last hold parameters and no optimizer state
+    # Every full one is read back beside training; older ones go only when a newer one was found sound.
+    read_back: bool = True
 
 
 @dataclass(frozen=True)
@@ -195,7 +199,7 @@ def check(config: Config) -> Config:
     for section, names in (
         ("model", ("V", "D", "F", "L", "N", "K", "H", "scale_shards", "attention_blocks", "unroll")),
         ("data", ("T", "batch", "read_threads")),
-        ("train", ("accumulate", "loss_chunks", "max_skipped")),
+        ("train", ("accumulate", "loss_chunks", "max_skipped", "heartbeat_seconds")),
         ("checkpoint", ("every_steps", "keep")),
         ("metrics", ("every_steps",)),
     ):

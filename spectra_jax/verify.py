@@ -4,66 +4,70 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spectra_jax import metrics
-from spectra_jax.checkpoint import Checkpoints, Damaged
+from spectra_jax.checkpoint import Checkpoints, parse_checkpoint
 from spectra_jax.errors import UserError
 from spectra_jax.progress import human
+from spectra_jax.record import Damaged
 
 
 @dataclass(frozen=True)
 class Row:
-    """One checkpoint. `fault` says what is wrong with it, "" if nothing is; `loss` is the last one recorded by then."""
+    """One checkpoint. `full`: training can go on from it. `fault` says what is wrong with it, "" if nothing is."""
 
     step: int
+    full: bool | None
     tokens: int | None
-    loss: float | None
     bytes: int
     fault: str
 
 
-def checkpoint_rows(workdir: Path | str) -> list[Row]:
-    """Reads every checkpoint of a run and compares it with its checksums.
+def checkpoint_rows(run: Path | str) -> list[Row]:
+    """Reads every checkpoint of WORKDIR, or the one of WORKDIR@STEP, and compares it with its checksums.
 
     Raises:
-      UserError: the folder holds no checkpoints.
+      UserError: there are none.
     """
+    workdir, chosen = parse_checkpoint(str(run))
     checkpoints, rows = Checkpoints(workdir), []
-    losses = {r["step"]: r["loss"] for r in metrics.read(workdir) if r["kind"] == "train"}
-    for step in checkpoints.steps():
-        tokens, fault = None, ""
+    for step in checkpoints.chosen(chosen):
+        tokens, full, fault = None, None, ""
         try:
-            tokens = checkpoints.record(step).get("tokens")
+            record = checkpoints.record(step)
+            tokens, full = record.get("tokens"), "training" in record["arrays"]
             checkpoints.verify(step)
         except Damaged as error:
             fault = str(error)
-        before = [done for done in losses if done <= step]
-        rows.append(Row(step, tokens, losses[max(before)] if before else None, checkpoints.size(step), fault))
+        rows.append(Row(step, full, tokens, checkpoints.size(step), fault))
     checkpoints.close()
     return rows
 
 
-def table(workdir: Path | str) -> str:
-    """One line per checkpoint: step, tokens, training loss, size, whether its checksums hold."""
-    rows = checkpoint_rows(workdir)
-    if not rows:
-        raise UserError(f"{workdir} has no checkpoints yet")
-    lines = [f"{'step':>10} {'tokens':>9} {'loss':>8} {'bytes':>9}  verified"]
+def table(run: Path | str) -> str:
+    """One line per checkpoint: step, tokens, training loss, size, what it holds, whether its checksums hold."""
+    rows, workdir = checkpoint_rows(run), parse_checkpoint(str(run))[0]
+    losses = {r["step"]: r["loss"] for r in metrics.read(workdir) if r["kind"] == "train"}
+    lines = [f"{'step':>10} {'tokens':>9} {'loss':>8} {'bytes':>9}  {'holds':<7}  verified"]
     for row in rows:
         tokens = "-" if row.tokens is None else human(row.tokens)
-        loss = "-" if row.loss is None else f"{row.loss:.4f}"
-        lines.append(f"{row.step:>10,} {tokens:>9} {loss:>8} {human(row.bytes):>9}  {'no' if row.fault else 'yes'}")
+        before = [loss for step, loss in losses.items() if step <= row.step and loss is not None]
+        loss = f"{before[-1]:.4f}" if before else "-"
+        holds = "-" if row.full is None else "state" if row.full else "weights"
+        lines.append(
+            f"{row.step:>10,} {tokens:>9} {loss:>8} {human(row.bytes):>9}  {holds:<7}  {'no' if row.fault else 'yes'}"
+        )
     return "\n".join(lines)
 
 
-def verify(workdir: Path | str) -> str:
+def verify(run: Path | str) -> str:
     """What `spectra verify` prints where every checkpoint is sound.
 
     Raises:
       UserError: some are not; each is named with what is wrong.
     """
-    rows = checkpoint_rows(workdir)
+    rows = checkpoint_rows(run)
     if faults := [row.fault for row in rows if row.fault]:
         raise UserError("\n".join([*faults, f"{len(faults)} of {len(rows)} checkpoints are damaged"]))
-    return f"{len(rows)} checkpoints of {workdir}: every array is the one that was saved"
+    return f"{len(rows)} checkpoint{'s' * (len(rows) > 1)} of {run}: every array is the one that was saved"
 
 
 if __name__ == "__main__":

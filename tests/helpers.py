@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from orbax.checkpoint import v1 as ocp
 
 from spectra_jax import config as configs
 from spectra_jax.data.prepare import prepare
@@ -37,6 +38,7 @@ TINY = (
     "schedule.peak=0.01", "schedule.warmup=2.0",
     # Saved after 4, 5, 8, 10 and 12; 4, 8 and 12 for good: the first steps past 500, 1000 and 1500 tokens.
     "checkpoint.every_steps=5", "checkpoint.keep=1", "checkpoint.permanent_tokens=500",
+    "checkpoint.read_back=False",
     "evaluate.every_steps=6", "evaluate.batches=1", "metrics.every_steps=1", "metrics.weights_every_steps=4",
 )
 # A TriLM with both interventions, after 6 and 8 of 12 steps: the run that most tests look at.
@@ -124,6 +126,12 @@ def same_bits(a, b) -> bool:
     return [path for path, _ in a] == [path for path, _ in b] and all(
         np.asarray(x).tobytes() == np.asarray(y).tobytes() and x.dtype == y.dtype for (_, x), (_, y) in zip(a, b)
     )
+
+
+def state_on_disk(workdir: Path, step: int) -> dict:
+    """Everything in a checkpoint, as numpy arrays, read without the code that wrote it."""
+    path = workdir / "checkpoints" / str(step)
+    return {name: jax.device_get(ocp.load(path, checkpointable_name=name)) for name in ("parameters", "training")}
 
 
 def arguments(overrides: Sequence[str]) -> list[str]:

@@ -13,14 +13,15 @@ import pytest
 from helpers import ROOT, environment, same_bits
 from jax.sharding import PartitionSpec as P
 
-from spectra_jax.checkpoint import FOLDER, Checkpoints, abstract, git_commit, make_record
+from spectra_jax.checkpoint import FOLDER, Checkpoints, abstract
 from spectra_jax.errors import UserError
+from spectra_jax.record import git_commit, make_record
 from spectra_jax.schema import Checkpoint, Config, Data, Train
 from spectra_jax.sharding import AXES
 
 CONFIG = Config(
     data=Data(T=8, batch=2), train=Train(steps=20),
-    checkpoint=Checkpoint(every_steps=3, keep=2, permanent_tokens=100, permanent_final=False),
+    checkpoint=Checkpoint(every_steps=3, keep=2, permanent_tokens=100, permanent_final=False, read_back=False),
 )
 
 
@@ -78,7 +79,7 @@ def test_what_is_saved_and_what_is_kept(tmp_path):
     assert CONFIG.permanent_steps == (7, 13, 19)
     checkpoints, state, seen = Checkpoints(tmp_path, CONFIG), make_state(), []
     for step in range(1, 21):
-        if checkpoints.should_save(step):
+        if checkpoints.plan.saves(step):
             checkpoints.save(step, state, {})
             checkpoints.wait()
             seen.append((step, checkpoints.steps()))

@@ -20,8 +20,8 @@ COMMANDS = {
     "plot": ["workdirs", ".svg", "tokens or step"],
     "suite": ["bits"],
     "quickstart": ["runs/quickstart", "on a CPU"],
-    "checkpoints": ["workdir", "checksums hold"],
-    "verify": ["workdir", "each array"],
+    "checkpoints": ["WORKDIR", "checksums hold"],
+    "verify": ["WORKDIR", "each array"],
 }
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 BASE = {"errors", "schema", "suite", "config", "hardware", "progress"}
 MODEL = BASE | {"sharding", "weights", "model"}
 STEP = MODEL | {"train", "train.loss"}
-RUN = STEP | {"data", "checkpoint", "metrics", "evaluate", "train.guard", "train.workdir"}
+RUN = STEP | {"data", "distributed", "record", "checkpoint", "metrics", "evaluate", "train.guard", "train.workdir"}
 ALLOWED = {
     "errors": set(),
     "hardware": {"errors"},
@@ -28,7 +28,10 @@ ALLOWED = {
     "model": {"errors", "schema", "suite", "sharding", "weights"},
     "data": {"errors", "schema", "suite"},
     "checksum": set(),
-    "checkpoint": {"errors", "schema", "config", "sharding", "checksum"},
+    "distributed": {"errors"},
+    "record": {"errors", "checksum"},
+    "retention": {"schema"},
+    "checkpoint": {"errors", "progress", "schema", "checksum", "distributed", "record", "retention"},
     "train.loss": {"sharding"},
     "train": MODEL | {"train.loss"},
     "train.guard": {"errors"},
@@ -40,7 +43,7 @@ ALLOWED = {
     "quantize": MODEL | {"data", "checkpoint", "metrics", "evaluate", "serve"},
     "interop": MODEL | {"data", "checkpoint", "serve"},
     "analysis": MODEL | {"checkpoint", "metrics", "serve"},
-    "verify": BASE | {"metrics", "checkpoint"},
+    "verify": BASE | {"metrics", "record", "checkpoint"},
     "aot": STEP,
 }
 # Modules that exist for `python -m spectra_jax.COMMAND`: they hand over to the command line.

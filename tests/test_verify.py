@@ -13,15 +13,19 @@ def test_a_whole_run():
     workdir = trained(*TERNARY)
     losses = {r["step"]: r["loss"] for r in metrics.read(workdir) if r["kind"] == "train"}
     rows = checkpoint_rows(workdir)
-    assert [(row.step, row.tokens, row.loss, row.fault) for row in rows] == [
-        (step, 128 * step, losses[step], "") for step in (4, 8, 12)
+    assert [(row.step, row.full, row.tokens, row.fault) for row in rows] == [
+        (step, True, 128 * step, "") for step in (4, 8, 12)
     ]
     for row in rows:
         assert row.bytes == sum(
             p.stat().st_size for p in (workdir / FOLDER / str(row.step)).rglob("*") if p.is_file()
         )
     assert verify(workdir) == f"3 checkpoints of {workdir}: every array is the one that was saved"
-    assert [line.split()[-1] for line in table(workdir).splitlines()] == ["verified", "yes", "yes", "yes"]
+    assert verify(f"{workdir}@8") == f"1 checkpoint of {workdir}@8: every array is the one that was saved"
+    lines = [line.split() for line in table(workdir).splitlines()]
+    assert [(step, loss, *rest) for step, _, loss, _, *rest in lines] == [
+        ("step", "loss", "holds", "verified"), *((str(n), f"{losses[n]:.4f}", "state", "yes") for n in (4, 8, 12))
+    ]
 
 
 def test_a_damaged_run(tmp_path):
@@ -30,7 +34,7 @@ def test_a_damaged_run(tmp_path):
     data = bytearray(path.read_bytes())
     data[len(data) // 3] ^= 4
     path.write_bytes(data)
-    (workdir / FOLDER / "12" / "_CHECKPOINT_METADATA").write_text("{}")
+    (workdir / FOLDER / "12" / "record" / "record.json").write_text("{}")
     assert [(row.step, row.tokens, bool(row.fault)) for row in checkpoint_rows(workdir)] == [
         (4, 512, False), (8, 1024, True), (12, None, True)
     ]

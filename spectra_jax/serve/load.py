@@ -3,17 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 from jaxtyping import PyTree
 
-from spectra_jax.checkpoint import Checkpoints, abstract
+from spectra_jax.checkpoint import Checkpoints, abstract, parse_checkpoint
 from spectra_jax.data import tokenizer as tokenizers
 from spectra_jax.data.tokenizer import Tokenizer
-from spectra_jax.errors import UserError
 from spectra_jax.model.parameters import freeze, graphdef_of, init_parameters
 from spectra_jax.schema import Config, Mesh
 from spectra_jax.sharding import make_mesh
@@ -35,20 +33,6 @@ class Loaded:
     record: dict[str, Any]
 
 
-def parse_checkpoint(text: str) -> tuple[Path, int | None]:
-    """WORKDIR or WORKDIR@STEP.
-
-    Raises:
-      UserError: STEP is not a number.
-    """
-    path, at, step = text.rpartition("@")
-    if not at:
-        return Path(text), None
-    if not step.isdigit():
-        raise UserError(f"--checkpoint={text}: {step!r} is not a step; write WORKDIR or WORKDIR@STEP")
-    return Path(path), int(step)
-
-
 def load(checkpoint: str, *, latent: bool = False, devices: Sequence[jax.Device] | None = None) -> Loaded:
     """Loads `WORKDIR[@STEP]`, by default the newest step, spread over the devices of this machine.
 
@@ -66,10 +50,7 @@ def load(checkpoint: str, *, latent: bool = False, devices: Sequence[jax.Device]
     config = replace(config, mesh=Mesh(), data=sized, train=replace(config.train, accumulate=1))
     mesh = make_mesh(config, devices)
     checkpoints = Checkpoints(workdir)
-    steps = checkpoints.steps()
-    if not steps or (step is not None and step not in steps):
-        raise UserError(f"{workdir} has no checkpoint{'' if step is None else f' of step {step}'}; it has {steps}")
-    step = steps[-1] if step is None else step
+    step = checkpoints.chosen(step)[-1]
     with jax.set_mesh(mesh):
         like = jax.eval_shape(partial(init_parameters, config.model), jax.random.key(0))
         parameters = checkpoints.restore_parameters(step, abstract(like, mesh))

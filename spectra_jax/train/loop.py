@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 
 from spectra_jax import config as configs
 from spectra_jax import hardware
-from spectra_jax.checkpoint import Checkpoints, abstract, make_record
+from spectra_jax.checkpoint import Checkpoints, abstract
 from spectra_jax.data.loader import Loader
+from spectra_jax.distributed import Vote
 from spectra_jax.errors import Stopped, UserError
 from spectra_jax.evaluate.perplexity import evaluate, make_sums, short_names
 from spectra_jax.metrics import MetricsWriter, Timer
@@ -20,6 +21,7 @@ from spectra_jax.metrics import read as read_metrics
 from spectra_jax.model.parameters import count, graphdef_of
 from spectra_jax.model.transformer import compute_dtype
 from spectra_jax.progress import ProgressLine
+from spectra_jax.record import make_record
 from spectra_jax.schema import Config
 from spectra_jax.sharding import batch_sharding, make_mesh
 from spectra_jax.train.guard import StopRequest, Watchdog, only_run_in
@@ -28,6 +30,8 @@ from spectra_jax.train.step import State, init_state, make_step
 from spectra_jax.train.weight_stats import Codes, make_weight_stats
 from spectra_jax.train.workdir import open_workdir
 from spectra_jax.weights import get_rule
+
+GO, STOP, FAILED = range(3)  # what a process wishes after a step; the highest wish of all processes is followed
 
 
 def train(config: Config, workdir: Path | str, *, accept_changes: bool = False) -> dict[str, Any]:
@@ -40,7 +44,7 @@ def train(config: Config, workdir: Path | str, *, accept_changes: bool = False) 
 
     Raises:
       UserError: the config, the data, the devices or the workdir do not fit, or too many steps were not finite.
-      Stopped: SIGTERM or SIGINT came; the state after the last step is saved.
+      Stopped: SIGTERM or SIGINT came to one of the processes; the state after the last step is saved.
     """
     workdir, mesh = Path(workdir), make_mesh(config)
     loader, first = make_loader(config, "train"), jax.process_index() == 0
@@ -57,7 +61,7 @@ def train(config: Config, workdir: Path | str, *, accept_changes: bool = False) 
                     run_name=config.name, config=configs.to_dict(config),
                     resume_step=start if start else -1, enabled=first,
                 ) as writer,
-                ProgressLine(config.steps) as progress,
+                ProgressLine(config.steps, enabled=first) as progress,
                 Watchdog(config.train.stuck_seconds) as watchdog,
                 StopRequest() as stop,
             ):
@@ -91,14 +95,14 @@ def restore_or_init(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> tup
     Never both are in memory.
     """
     init, newest = partial(init_state, config), max(checkpoints.steps(), default=0)
+    key = jax.random.key(config.seed)
     if newest > config.steps:
         raise UserError(
             f"the workdir's newest checkpoint is of step {newest}, beyond the {config.steps} steps of the config; "
             f"train for at least {newest} steps or use a new --workdir"
         )
-    if newest:
-        return checkpoints.restore_newest(abstract(jax.eval_shape(init, jax.random.key(config.seed)), mesh))
-    return 0, jax.jit(init)(jax.random.key(config.seed))
+    restored = checkpoints.restore_newest(abstract(jax.eval_shape(init, key), mesh))
+    return restored or (0, jax.jit(init)(key))
 
 
 @dataclass
@@ -117,6 +121,7 @@ class Run:
     def __post_init__(self):
         config, paths = self.config, [path for path, _ in self.config.mixture]
         self.timer = Timer()
+        self.vote = Vote(self.mesh)
         self.sharding = batch_sharding(self.mesh)
         self.interventions = interventions(config)
         self.sums = jax.jit(make_sums(graphdef_of(config.model), config.train.loss_chunks))
@@ -148,13 +153,17 @@ class Run:
                 if pending:
                     self.report(*pending)
                 pending = (done, metrics)
-                stopping = self.stop.signal is not None and done < config.steps  # read once: it can come at any time
+                wish = self.vote.cast(FAILED if self.checkpoints.failed else STOP if self.stop.signal else GO)
+                if wish == FAILED:
+                    self.checkpoints.wait()  # raises, where it failed
+                    raise UserError("another process could not save a checkpoint; see what it printed")
+                stopping = wish == STOP and done < config.steps
                 if stopping or self.due(done):
                     self.report(*pending)
                     pending = None
-                    self.pause(done, state)
+                    self.pause(done, state, stopping)
                 if stopping:
-                    self.leave(done, state)
+                    self.leave(done)
         return state
 
     def compile(self, state: State):
@@ -166,7 +175,7 @@ class Run:
 
     def due(self, done: int) -> bool:
         """Whether something other than the next step follows step number `done`."""
-        return self.weights_due(done) or self.evaluation_due(done) or self.checkpoints.should_save(done)
+        return self.weights_due(done) or self.evaluation_due(done) or self.checkpoints.plan.saves(done)
 
     def weights_due(self, done: int) -> bool:
         """Whether the weights are looked at after this step."""
@@ -177,15 +186,15 @@ class Run:
         every = self.config.evaluate.every_steps
         return every > 0 and (done % every == 0 or done == self.config.steps)
 
-    def pause(self, done: int, state: State) -> None:
-        """Everything that happens between two steps."""
+    def pause(self, done: int, state: State, stopping: bool) -> None:
+        """Everything that happens between two steps. What is saved before the run stops is the whole state."""
         if self.weights_due(done):
             self.look_at_weights(done, state)
         if self.evaluation_due(done):
             self.evaluate(done, state)
         self.watchdog.kick()
-        if self.checkpoints.should_save(done):
-            self.save(done, state)
+        if stopping or self.checkpoints.plan.saves(done):
+            self.save(done, state, full=stopping)
 
     def report(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Writes and shows the metrics of a step, and gives up after too many that were not finite."""
@@ -244,24 +253,21 @@ class Run:
                 f"({q.bits_per_byte:.4f} bits/byte)"
             )
 
-    def leave(self, done: int, state: State) -> None:
-        """Saves the state after step `done`, if that is not done yet, and ends the run."""
-        name = self.stop.signal.name
+    def leave(self, done: int) -> None:
+        """Ends the run once the state after step `done` is on the disk."""
+        name = self.stop.signal.name if self.stop.signal else "a signal to another process"
         self.checkpoints.wait()
-        if done not in self.checkpoints.steps():
-            self.save(done, state, force=True)
-            self.checkpoints.wait()
         self.writer.event(done, f"stopped by {name}")
         raise Stopped(f"{name}: saved after step {done}; the same command continues from there")
 
-    def save(self, done: int, state: State, *, force: bool = False) -> None:
+    def save(self, done: int, state: State, *, full: bool) -> None:
         """Starts to save the state after step `done`."""
         record = make_record(
             configs.to_dict(self.config), done * self.config.tokens_per_step, self.loader.fingerprint
         )
         with self.timer.phase("checkpoint"):
             self.writer.flush()
-            self.checkpoints.save(done, state, record, force=force)
+            self.checkpoints.save(done, state, record, full=full)
 
     def describe(self, workdir: Path, start: int) -> str:
         """What is about to happen, in a few lines."""

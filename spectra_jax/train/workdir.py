@@ -18,7 +18,8 @@ from spectra_jax.schema import Config
 # Sections and keys that a resumed run may change: they decide what is written down and where it runs, not what is
 # learnt. (Another mesh changes the last bits of the loss: sums are taken in another order.)
 FREE = (
-    "mesh.", "checkpoint.", "evaluate.", "metrics.", "data.sets", "data.read_threads", "train.stuck_seconds", "name",
+    "mesh.", "checkpoint.", "evaluate.", "metrics.", "data.sets", "data.read_threads", "train.stuck_seconds",
+    "train.heartbeat_seconds", "name",
 )
 
 

@@ -10,13 +10,14 @@ import pytest
 from helpers import TERNARY, copy_of, data, prepare_set, spectra, trained
 
 from spectra_jax import config as configs
+from spectra_jax.checkpoint import parse_checkpoint
 from spectra_jax.data.loader import Loader
 from spectra_jax.data.manifest import Manifest
 from spectra_jax.errors import UserError
 from spectra_jax.evaluate.perplexity import Quality, short_names
 from spectra_jax.evaluate.report import evaluate_checkpoint, evaluate_sets
 from spectra_jax.model.parameters import apply
-from spectra_jax.serve.load import Loaded, load, parse_checkpoint
+from spectra_jax.serve.load import Loaded, load
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def test_the_table():
 def test_checkpoint_names(tmp_path):
     assert parse_checkpoint("runs/a") == (parse_checkpoint("runs/a@7")[0], None)
     assert parse_checkpoint("runs/a@7")[1] == 7
-    with pytest.raises(UserError, match="--checkpoint=runs/a@last: 'last' is not a step; write WORKDIR"):
+    with pytest.raises(UserError, match="runs/a@last: 'last' is not a step; write WORKDIR"):
         parse_checkpoint("runs/a@last")
     with pytest.raises(UserError, match="run has no checkpoint of step 5; it has .4, 8, 12."):
         load(f"{copy_of(trained(*TERNARY), tmp_path / 'run')}@5")

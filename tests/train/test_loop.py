@@ -7,8 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from helpers import STEPS, TERNARY, TOKENS_PER_STEP, copy_of, data, prepare_set, same_bits, tiny, trained
-from orbax.checkpoint import v1 as ocp
+from helpers import STEPS, TERNARY, TOKENS_PER_STEP, copy_of, data, prepare_set, same_bits, state_on_disk, tiny, trained
 
 from spectra_jax import config as configs
 from spectra_jax import metrics
@@ -31,9 +30,8 @@ def of_kind(workdir, kind: str) -> list[dict]:
 
 
 def final_state(workdir) -> dict:
-    """Everything in the newest checkpoint, as numpy arrays, read without the training code."""
-    step = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
-    return jax.device_get(ocp.load_checkpointables(workdir / "checkpoints" / str(step)))
+    """Everything in the newest checkpoint, as numpy arrays."""
+    return state_on_disk(workdir, max(int(path.name) for path in (workdir / "checkpoints").iterdir()))
 
 
 # Resuming
