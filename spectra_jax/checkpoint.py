@@ -146,20 +146,17 @@ class Checkpoints:
         """
         damaged = []
         for step in reversed(self.steps()):
-            state, fault = None, ""
             try:
                 if "training" not in self.record(step)["arrays"]:
                     continue
                 state = self.restore(step, like)
             except Damaged as error:
-                fault = str(error)
-            if not anywhere(bool(fault)):
+                damaged.append(self._set_aside(step))
+                print(f"{error}\nset aside as {damaged[-1]}", file=sys.stderr, flush=True)
+            else:
                 if self._policy:
                     self._policy.sound.add(step)
                 return step, state
-            damaged.append(self._set_aside(step))
-            if jax.process_index() == 0 or fault:
-                print(f"{fault or 'another process cannot read it'}\nset aside as {damaged[-1]}", file=sys.stderr)
         if damaged:
             raise UserError(
                 f"no checkpoint in {self.folder} can be used; damaged ones are kept as {', '.join(map(str, damaged))}. "
@@ -212,10 +209,20 @@ class Checkpoints:
         return self._load(step, {"parameters": like})["parameters"]
 
     def _load(self, step: int, wanted: dict[str, PyTree]) -> dict[str, PyTree]:
-        arrays = self.record(step)["arrays"]
-        records.compare(arrays, wanted, self.folder / str(step))
+        arrays, path = self.record(step)["arrays"], self.folder / str(step)
+        records.compare(arrays, wanted, path)
+        fault, me = None, jax.process_index()
+        context = ocp.Context()
+        # Each process reads its own part without waiting for the others: one that cannot would leave them waiting.
+        context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
+        try:
+            with context, self._readable(step):
+                loaded = ocp.load_checkpointables(path, wanted)
+        except Damaged as error:
+            fault = error
+        if anywhere(fault is not None):
+            raise fault or Damaged(f"{path} cannot be read by another process; see what it printed")
         with self._readable(step):
-            loaded = self._orbax.load_checkpointables(step, wanted)
             for name, tree in loaded.items():
                 _check(arrays[name], checksums(tree), name)
         return loaded

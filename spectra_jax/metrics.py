@@ -9,7 +9,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,16 +78,19 @@ class MetricsWriter:
         if lost:
             record["nonfinite"] = lost
         line = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
+        before = os.fstat(self._file.fileno()).st_size
         try:
             while line:  # an unbuffered write may take only part of the line
                 line = line[self._file.write(line) :]
         except OSError as error:
+            with suppress(OSError):  # a pipe or a device cannot be cut
+                self._file.truncate(before)  # whoever goes on writing must not do so behind half a line
             raise _unwritable(self._path, error) from error
         for mirror in self._mirrors:
             mirror.write(step, kind, flat)
 
     def event(self, step: int, name: str, **values: Any) -> None:
-        """Record that something happened, e.g. "peak lowered", "decay removed", "step skipped"."""
+        """Record that something happened, e.g. "peak lowered", "step skipped: spike"."""
         self.write(step, "event", {"name": name} | values)
 
     def flush(self) -> None:

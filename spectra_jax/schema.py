@@ -55,7 +55,9 @@ class Train:
     steps: int = 0  # when positive, overrides `tokens`
     accumulate: int = 1  # microbatches per step
     loss_chunks: int = 8  # the vocabulary-sized logits exist for one chunk of the sequence at a time
-    max_skipped: int = 20  # non-finite steps in a row before the run is given up
+    max_skipped: int = 20  # skipped steps in a row before the run is given up; those that are not finite always are
+    skip_sigma: float = 0.0  # also skip a loss or gradient norm so many deviations above its window (6 is usual); 0: no
+    skip_window: int = 128  # steps in that window
     stuck_seconds: float = 3600.0  # without a finished step, compilation or evaluation: show all stacks, exit; 0: never
     heartbeat_seconds: int = 100  # of several processes, one that is silent for so long is dead, and the others end
 
@@ -199,7 +201,7 @@ def check(config: Config) -> Config:
     for section, names in (
         ("model", ("V", "D", "F", "L", "N", "K", "H", "scale_shards", "attention_blocks", "unroll")),
         ("data", ("T", "batch", "read_threads")),
-        ("train", ("accumulate", "loss_chunks", "max_skipped", "heartbeat_seconds")),
+        ("train", ("accumulate", "loss_chunks", "max_skipped", "skip_window", "heartbeat_seconds")),
         ("checkpoint", ("every_steps", "keep")),
         ("metrics", ("every_steps",)),
     ):

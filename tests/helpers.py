@@ -130,8 +130,13 @@ def same_bits(a, b) -> bool:
 
 def state_on_disk(workdir: Path, step: int) -> dict:
     """Everything in a checkpoint, as numpy arrays, read without the code that wrote it."""
-    path = workdir / "checkpoints" / str(step)
-    return {name: jax.device_get(ocp.load(path, checkpointable_name=name)) for name in ("parameters", "training")}
+    path, state = workdir / "checkpoints" / str(step), {}
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for name in ("parameters", "training"):
+        shapes = ocp.metadata(path, checkpointable_name=name).metadata
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+        state[name] = jax.device_get(ocp.load(path, wanted, checkpointable_name=name))
+    return state
 
 
 def arguments(overrides: Sequence[str]) -> list[str]:

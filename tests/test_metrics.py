@@ -4,12 +4,14 @@ import json
 import math
 import os
 import struct
+import subprocess
 import sys
 import time
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import environment
 
 from spectra_jax import metrics
 from spectra_jax.errors import UserError
@@ -118,6 +120,30 @@ def test_missing_metrics_and_unusable_workdir(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot write .*use a --workdir"):
         MetricsWriter(tmp_path / "file")
+
+
+HALF_A_LINE = """
+import resource, sys
+from spectra_jax.errors import UserError
+from spectra_jax.metrics import MetricsWriter
+
+writer = MetricsWriter(sys.argv[1])
+writer.write(1, "train", {"loss": 1.0})
+resource.setrlimit(resource.RLIMIT_FSIZE, (60, resource.RLIM_INFINITY))  # room for half of the second line
+try:
+    writer.write(2, "train", {"loss": 2.0})
+except UserError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+writer.write(3, "train", {"loss": 3.0})
+"""
+
+
+def test_a_line_that_did_not_fit_leaves_no_half(tmp_path):
+    command = [sys.executable, "-c", HALF_A_LINE, tmp_path]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and "cannot write" in done.stdout, done.stderr
+    assert [r["step"] for r in metrics.read(tmp_path)] == [1, 3]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's always full /dev/full")

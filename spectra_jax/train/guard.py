@@ -5,10 +5,10 @@ import fcntl
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from spectra_jax.errors import UserError
 
@@ -16,26 +16,36 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Turns the first SIGTERM or SIGINT into a wish that the loop reads between steps; a second leaves at once."""
+    """Turns the first SIGTERM or SIGINT into a wish that the loop reads between steps; a second leaves at once.
+
+    A thread of its own hears them: Python runs no handler while its main thread waits for a device.
+    """
 
     def __init__(self):
         self.signal: signal.Signals | None = None
-        self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        heard, self._told = os.pipe()
+        os.set_blocking(self._told, False)
+        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._wakeup = signal.set_wakeup_fd(self._told)
+        threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        os.close(self._told)
 
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        # Not print: a handler may come in the midst of another write to the same buffer.
-        os.write(2, f"{self.signal.name}: saving after this step, then leaving; once more to leave at once\n".encode())
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+    def _listen(self, heard: int) -> None:
+        with open(heard, "rb", buffering=0) as pipe:
+            while number := pipe.read(1):
+                if self.signal:
+                    os._exit(128 + number[0])
+                self.signal = signal.Signals(number[0])
+                text = f"{self.signal.name}: saving after this step, then leaving; once more to leave at once\n"
+                os.write(2, text.encode())
 
 
 class Watchdog:

@@ -3,6 +3,7 @@
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def train(config: Config, workdir: Path | str, *, accept_changes: bool = False) 
         if first:
             stack.enter_context(only_run_in(workdir))
         open_workdir(workdir, config, loader, accept_changes)
+        watchdog = stack.enter_context(Watchdog(config.train.stuck_seconds))
         with closing(Checkpoints(workdir, config)) as checkpoints:  # a save under way is finished, come what may
             start, state = restore_or_init(config, mesh, checkpoints)
             with (
@@ -62,7 +64,6 @@ def train(config: Config, workdir: Path | str, *, accept_changes: bool = False) 
                     resume_step=start if start else -1, enabled=first,
                 ) as writer,
                 ProgressLine(config.steps, enabled=first) as progress,
-                Watchdog(config.train.stuck_seconds) as watchdog,
                 StopRequest() as stop,
             ):
                 run = Run(config, mesh, loader, checkpoints, writer, progress, watchdog, stop)
@@ -204,11 +205,13 @@ class Run:
         for name in ("skipped", "skipped_in_a_row"):
             values[name] = int(values[name])
         if values["skipped_in_a_row"]:
-            self.writer.event(step, "step skipped", loss=values["loss"], grad_norm=values["grad_norm"])
+            why = "spike" if isfinite(values["loss"] + values["grad_norm"]) else "not finite"
+            self.writer.event(step, f"step skipped: {why}", loss=values["loss"], grad_norm=values["grad_norm"])
         if values["skipped_in_a_row"] >= config.train.max_skipped:
             raise UserError(
                 f"{values['skipped_in_a_row']} steps in a row up to step {step} had a loss or gradient that is not "
-                f"finite (config.train.max_skipped={config.train.max_skipped}); the last checkpoint is of step "
+                f"finite{' or a spike' if config.train.skip_sigma else ''} "
+                f"(config.train.max_skipped={config.train.max_skipped}); the last checkpoint is of step "
                 f"{max(self.checkpoints.steps(), default=0)}. Lower config.schedule.peak or lengthen the warm-up"
             )
         if step - 1 in self.interventions:

@@ -15,17 +15,19 @@ from spectra_jax.sharding import Rules
 from spectra_jax.train.loss import mean_loss
 from spectra_jax.train.optimizer import apply_updates, decay_mask, make_optimizer
 from spectra_jax.train.schedule import learning_rate, weight_decay
+from spectra_jax.train.spikes import init_window, judge
 
 State = dict[str, PyTree]
 
 
 def init_state(config: Config, key: Array, rules: Rules = Rules()) -> State:
-    """Parameters, optimizer state, the number of steps done, and counts of skipped steps. Call it under jit."""
+    """Parameters, optimizer state, the number of steps done, recent losses, counts of skipped steps. To be jitted."""
     parameters = init_parameters(config.model, key, rules)
     return {
         "step": jnp.zeros((), jnp.int32),
         "parameters": parameters,
         "optimizer": make_optimizer(config.optimizer).init(parameters),
+        "window": init_window(config.train),
         "skipped": jnp.zeros((), jnp.int32),
         "skipped_in_a_row": jnp.zeros((), jnp.int32),
     }
@@ -40,7 +42,7 @@ def batch_loss(
 
 
 def make_step(config: Config, rules: Rules = Rules()) -> Callable[[State, Array], tuple[State, dict[str, Array]]]:
-    """The training step: gradients over microbatches, a schedule, AdamW; a non-finite step changes nothing.
+    """The training step: gradients over microbatches, a schedule, AdamW; a step that is skipped changes no weight.
 
     The returned function takes the state (donate it) and records (batch, T + 1); its metrics are scalars on device.
     """
@@ -59,13 +61,14 @@ def make_step(config: Config, rules: Rules = Rules()) -> Callable[[State, Array]
             "parameters": apply_updates(parameters, direction, mask, rate, decay),
             "optimizer": optimizer_state,
         }
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        kept = jax.tree.map(partial(jnp.where, finite), updated, {name: state[name] for name in updated})
+        taken, window = judge(config.train, state["window"], loss, norm)
+        kept = jax.tree.map(partial(jnp.where, taken), updated, {name: state[name] for name in updated})
         new = {
             **kept,
             "step": state["step"] + 1,
-            "skipped": state["skipped"] + ~finite,
-            "skipped_in_a_row": jnp.where(finite, 0, state["skipped_in_a_row"] + 1),
+            "window": window,
+            "skipped": state["skipped"] + ~taken,
+            "skipped_in_a_row": jnp.where(taken, 0, state["skipped_in_a_row"] + 1),
         }
         metrics = {
             "loss": loss, "grad_norm": norm, "lr": rate, "weight_decay": decay,

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers import ROOT, environment
@@ -18,15 +19,25 @@ def test_the_first_signal_is_a_wish_and_the_second_leaves(number, capfd):
     with StopRequest() as stop:
         assert stop.signal is None
         os.kill(os.getpid(), number)
+        deadline = time.monotonic() + 10
+        while stop.signal is None and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert stop.signal == number
-        assert [signal.getsignal(each) for each in SIGNALS] == [signal.SIG_DFL] * 2
     assert [signal.getsignal(each) for each in SIGNALS] == before
     assert f"{number.name}: saving after this step" in capfd.readouterr().err
+    send = f"    os.kill(os.getpid(), {number.value})\n"
+    done = run(f"with StopRequest():\n{send}{send}    time.sleep(30)")
+    assert done.returncode == 128 + number and done.stderr.count("saving after this step") == 1
 
 
 def script(seconds: float, body: str) -> subprocess.CompletedProcess:
     """A process under a watchdog."""
-    text = f"import time\nfrom spectra_jax.train.guard import Watchdog\nwith Watchdog({seconds}) as dog:\n    {body}"
+    return run(f"with Watchdog({seconds}) as dog:\n    {body}")
+
+
+def run(text: str) -> subprocess.CompletedProcess:
+    """A Python process."""
+    text = "import os, time\nfrom spectra_jax.train.guard import StopRequest, Watchdog\n" + text
     return subprocess.run(
         [sys.executable, "-c", text], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60
     )

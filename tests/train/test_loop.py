@@ -191,7 +191,7 @@ def test_too_many_steps_that_are_not_finite_end_the_run(tmp_path):
                                         r"\(config.train.max_skipped=3\); the last checkpoint is of step 0"):
         train(config, workdir)
     records = metrics.read(workdir)
-    skipped = [r for r in records if r.get("name") == "step skipped"]
+    skipped = [r for r in records if r.get("name") == "step skipped: not finite"]
     assert [r["step"] for r in skipped] == [1, 2, 3]
     assert "grad_norm" in skipped[0]["nonfinite"] or "loss" in skipped[0]["nonfinite"]
     assert [r["skipped"] for r in records if r["kind"] == "train"] == [1, 2]
