@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Checkpoints:
         self.plan = Plan(config) if config else None
         self._policy = Policy(self.plan) if config else None
         self._read_back = bool(config and config.checkpoint.read_back and jax.process_index() == 0)
-        self._threads = ThreadPoolExecutor(2, "checkpoints")
+        self._threads, self._needed = ThreadPoolExecutor(2, "checkpoints"), 0
         self._done = self._saving = self._reading = self._threads.submit(lambda: None)
         try:
             if config is not None:
@@ -97,18 +98,18 @@ class Checkpoints:
         trees = _trees(state)
         if self.plan.weights_only(step) and not full:
             del trees["training"]
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+        self._needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         items = {**trees, RECORD: Record({**content, "step": step}, trees)}
-        with _readable_errors(self.folder, needed):
+        with _readable_errors(self.folder, self._needed):
             # Weights alone that a run saved before it was resumed from further back are saved again.
             response = self._orbax.save_checkpointables_async(step, items, force=True, overwrite=step in self.steps())
-        self._saving = self._threads.submit(self._finish, response.result, needed)
+        self._saving = self._threads.submit(self._finish, response.result)
         if self._read_back and "training" in trees and not self.reading:
             self._policy.reading = step
             self._reading = self._threads.submit(self._read, step, self._saving)
 
-    def _finish(self, wait: Callable[[], bool], needed: int) -> None:
-        with _readable_errors(self.folder, needed):
+    def _finish(self, wait: Callable[[], bool]) -> None:
+        with _readable_errors(self.folder, self._needed):
             wait()
 
     def _read(self, step: int, saving: Future) -> None:
@@ -215,6 +216,8 @@ class Checkpoints:
         context = ocp.Context()
         # Each process reads its own part without waiting for the others: one that cannot would leave them waiting.
         context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
+        # Files wait in this host's memory for their way to the devices: no more of them at once than one array.
+        context.memory.read_concurrent_bytes = 1 + max(map(_local_bytes, jax.tree.leaves(wanted)))
         try:
             with context, self._readable(step):
                 loaded = ocp.load_checkpointables(path, wanted)
@@ -280,7 +283,8 @@ class Checkpoints:
             self.wait()
         finally:
             self._threads.shutdown()
-            self._orbax.close()
+            with _readable_errors(self.folder, self._needed):  # it raises once more what the last save failed of
+                self._orbax.close()
 
 
 def parse_checkpoint(text: str) -> tuple[Path, int | None]:
@@ -295,6 +299,11 @@ def parse_checkpoint(text: str) -> tuple[Path, int | None]:
     if not step.isdigit():
         raise UserError(f"{text}: {step!r} is not a step; write WORKDIR or WORKDIR@STEP")
     return Path(path), int(step)
+
+
+def _local_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    """Bytes of an array that this process reads."""
+    return prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize * len(leaf.sharding.addressable_devices)
 
 
 def _trees(state: Mapping[str, PyTree]) -> dict[str, PyTree]:

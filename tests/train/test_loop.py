@@ -18,6 +18,7 @@ from spectra_jax.schema import Config
 from spectra_jax.serve.load import load
 from spectra_jax.train.loop import make_loader, train
 from spectra_jax.train.schedule import learning_rate, weight_decay
+from spectra_jax.verify import checkpoint_rows
 
 
 def of_kind(workdir, kind: str) -> list[dict]:
@@ -63,6 +64,24 @@ def test_resuming_is_bit_equal(tmp_path, overrides, after):
     weights = [{k: v for k, v in r.items() if not k.endswith("flips")} for r in of_kind(straight, "weights")]
     again = [{k: v for k, v in r.items() if not k.endswith("flips")} for r in of_kind(resumed, "weights")]
     assert again == weights  # flips are since the last look of the same process
+
+
+def test_permanent_checkpoints_of_weights_alone(tmp_path):
+    """They hold what the full ones hold, in a third of the room; where only they are left, training starts anew."""
+    overrides = (*TERNARY, "checkpoint.permanent_weights_only=True")
+    straight, full = trained(*overrides), trained(*TERNARY)
+    rows, full_rows = checkpoint_rows(straight), checkpoint_rows(full)
+    assert [(row.step, row.full, row.tokens, row.fault) for row in rows] == [
+        (4, False, 512, ""), (8, False, 1024, ""), (12, True, 1536, "")
+    ]
+    assert rows[1].bytes < 0.5 * full_rows[1].bytes
+    assert same_bits(load(f"{straight}@8", latent=True).parameters, load(f"{full}@8", latent=True).parameters)
+    resumed = copy_of(straight, tmp_path / "run")
+    shutil.rmtree(resumed / "checkpoints" / "12")
+    train(tiny(*overrides), resumed)
+    assert of_kind(resumed, "train") == of_kind(straight, "train")
+    assert [(row.step, row.full) for row in checkpoint_rows(resumed)] == [(4, False), (8, False), (12, True)]
+    assert same_bits(final_state(resumed), final_state(straight))
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path):

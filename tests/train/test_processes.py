@@ -67,10 +67,10 @@ def test_killed_and_resumed_is_bit_equal(tmp_path, alone, killed):
     assert same_bits(state_on_disk(workdir, STEPS), state_on_disk(alone, STEPS))
 
 
-@pytest.mark.parametrize(("processes", "devices"), [(1, 2), (4, 1)])
-def test_resumed_in_another_number_of_processes(tmp_path, alone, killed, processes, devices):
+@pytest.mark.parametrize(("processes", "devices", "mesh"), [(1, 2, "data=2"), (4, 1, "data=4"), (1, 4, "model=2")])
+def test_resumed_on_another_mesh(tmp_path, alone, killed, processes, devices, mesh):
     workdir = Path(shutil.copytree(killed, tmp_path / "run"))
-    said, *_ = finish(start(workdir, *OVERRIDES, processes=processes, devices=devices))
+    said, *_ = finish(start(workdir, *OVERRIDES, f"mesh.{mesh}", processes=processes, devices=devices))
     assert "resuming after step 40," in said
     found, expected = losses(workdir), losses(alone)
     assert found[:40] == expected[:40]

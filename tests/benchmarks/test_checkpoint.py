@@ -1,0 +1,22 @@
+"""The benchmark of checksums runs, and a restore takes the memory of the state and little more."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import environment
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "checkpoint.py"
+
+
+@pytest.mark.slow
+def test_memory_of_a_restore():
+    command = [sys.executable, SCRIPT, "--mib=768", "--rounds=1"]
+    done = subprocess.run(command, env=environment(quick=False), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    # One array on its way, and the storage layer's cache of 100 MB with the libraries that a restore loads.
+    assert 1 <= found["peak / state"] < 1 + found["largest array / state"] + 300 / found["mib"]
+    assert found["save"][0] > 0 and found["restore"][0] > 0
