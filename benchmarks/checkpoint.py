@@ -26,8 +26,9 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from spectra_jax.checkpoint import Checkpoints, abstract
+from spectra_jax.checkpoint import Checkpoints
 from spectra_jax.schema import Checkpoint, Config, Train
+from spectra_jax.stored import abstract
 
 CONFIG = Config(train=Train(steps=100), checkpoint=Checkpoint(every_steps=1, keep=1, read_back=False))
 

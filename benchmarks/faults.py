@@ -22,6 +22,7 @@ from pathlib import Path
 from spectra_jax import metrics
 from spectra_jax.checkpoint import Checkpoints
 from spectra_jax.data.prepare import prepare
+from spectra_jax.stored import record_of
 
 ROOT = Path(__file__).parents[1]
 WORDS = "the whale said of ocean and a captain never slept while seven lamps burned".split()
@@ -64,7 +65,7 @@ def result(workdir: Path, steps: int) -> tuple[dict[int, float], dict]:
     losses = [(r["step"], r["loss"]) for r in metrics.read(workdir) if r["kind"] == "train"]
     if [step for step, _ in losses] != list(range(1, steps + 1)):
         raise SystemExit(f"{workdir}: steps are missing or there twice")
-    return dict(losses), Checkpoints(workdir).record(steps)["arrays"]
+    return dict(losses), record_of(Checkpoints(workdir).path(steps))["arrays"]
 
 
 def last_step(workdir: Path) -> int:

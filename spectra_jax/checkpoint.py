@@ -1,8 +1,7 @@
-"""Saved states of a run: rolling ones to resume from, permanent ones to keep. The only file that knows Orbax's calls.
+"""Saved states of a run: rolling ones to resume from, permanent ones to keep. With stored.py all that knows Orbax.
 
 A checkpoint holds two trees, "parameters" and "training" (optimizer, step, counts), so that evaluation reads the
-first alone and a permanent one may leave out the second, and the record of record.py. What is on the disk is
-believed only as far as it agrees with the record: Orbax alone restores a flipped bit without a word.
+first alone and a permanent one may leave out the second, and the record of record.py.
 """
 
 import logging
@@ -13,17 +12,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-from spectra_jax import record as records
-from spectra_jax.checksum import checksums, wrong
+from spectra_jax import stored
 from spectra_jax.distributed import anywhere
 from spectra_jax.errors import UserError
 from spectra_jax.progress import human
@@ -31,9 +27,7 @@ from spectra_jax.record import Damaged, Record
 from spectra_jax.retention import Plan, Policy
 from spectra_jax.schema import Config
 
-FOLDER, RECORD = "checkpoints", "record"
-# What Orbax and the libraries below it raise for files that were cut, changed or removed.
-UNREADABLE = (KeyError, ValueError, TypeError, AttributeError, OSError)
+FOLDER = "checkpoints"
 
 # Orbax logs a failed save from every thread that it passes through, each time with its traceback: a thousand lines.
 # The exception that reaches us says it once.
@@ -72,6 +66,10 @@ class Checkpoints:
         """Steps with a finished checkpoint, ascending."""
         return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
 
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.folder / str(step)
+
     def chosen(self, step: int | None) -> list[int]:
         """That step alone, or all for None.
 
@@ -99,7 +97,7 @@ class Checkpoints:
         if self.plan.weights_only(step) and not full:
             del trees["training"]
         self._needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
-        items = {**trees, RECORD: Record({**content, "step": step}, trees)}
+        items = {**trees, stored.RECORD: Record({**content, "step": step}, trees)}
         with _readable_errors(self.folder, self._needed):
             # Weights alone that a run saved before it was resumed from further back are saved again.
             response = self._orbax.save_checkpointables_async(step, items, force=True, overwrite=step in self.steps())
@@ -128,15 +126,6 @@ class Checkpoints:
                 said = f"reading back step {step}: {said.strip()}\nan older checkpoint stays"
                 print(said, file=sys.stderr, flush=True)
 
-    def record(self, step: int) -> dict[str, Any]:
-        """The content that the checkpoint was saved with, and its arrays: name -> path -> dtype, shape, checksum.
-
-        Raises:
-          Damaged: it cannot be read, or is not what was written.
-        """
-        with self._readable(step):
-            return records.read(self.folder / str(step) / RECORD)
-
     def restore_newest(self, like: Mapping[str, PyTree]) -> tuple[int, dict[str, PyTree]] | None:
         """The newest full state whose checksums hold, and its step; None where there are weights alone or nothing.
 
@@ -148,7 +137,7 @@ class Checkpoints:
         damaged = []
         for step in reversed(self.steps()):
             try:
-                if "training" not in self.record(step)["arrays"]:
+                if "training" not in stored.record_of(self.path(step))["arrays"]:
                     continue
                 state = self.restore(step, like)
             except Damaged as error:
@@ -165,85 +154,26 @@ class Checkpoints:
             )
         return None
 
-    def verify(self, step: int) -> None:
-        """Reads a checkpoint, one array after the other, into this host's memory and compares it with its checksums.
-
-        Raises:
-          Damaged: it is not what was saved.
-        """
-        arrays, path = self.record(step)["arrays"], self.folder / str(step)
-        on_host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-        with self._readable(step):
-            for name, entries in arrays.items():
-                stored = ocp.metadata(path, checkpointable_name=name).metadata
-                if records.describe(stored) != {where: entry[:2] for where, entry in entries.items()}:
-                    raise Damaged(f"{name} holds other arrays than its record")
-                leaves, structure = jax.tree.flatten(stored)
-                found = {}
-                for i, (leaf, where) in enumerate(zip(leaves, records.describe(stored))):
-                    wanted = [ocp.PLACEHOLDER] * len(leaves)
-                    wanted[i] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_host)
-                    tree = ocp.load(path, structure.unflatten(wanted), checkpointable_name=name)
-                    found |= checksums({where: jax.tree.leaves(tree)[i]})
-                _check(entries, found, name)
-
-    def size(self, step: int) -> int:
-        """Bytes on disk."""
-        return sum(path.stat().st_size for path in (self.folder / str(step)).rglob("*") if path.is_file())
-
     def restore(self, step: int, like: Mapping[str, PyTree]) -> dict[str, PyTree]:
-        """The state of `step` with the shapes, dtypes and shardings of `like` (see `abstract`).
+        """The state of `step` with the shapes, dtypes and shardings of `like` (see `stored.abstract`).
 
         Raises:
-          Damaged: it cannot be read, or an array is not the one that was saved.
-          UserError: it holds another tree, shape or dtype; every difference is named.
+          UserError: as `stored.load`.
         """
-        loaded = self._load(step, _trees(like))
+        loaded = stored.load(self.path(step), _trees(like))
         return {"parameters": loaded["parameters"], **loaded["training"]}
 
     def restore_parameters(self, step: int, like: PyTree) -> PyTree:
         """The parameters alone, without reading the optimizer's state.
 
         Raises:
-          UserError: as `restore`.
+          UserError: as `stored.load`.
         """
-        return self._load(step, {"parameters": like})["parameters"]
-
-    def _load(self, step: int, wanted: dict[str, PyTree]) -> dict[str, PyTree]:
-        arrays, path = self.record(step)["arrays"], self.folder / str(step)
-        records.compare(arrays, wanted, path)
-        fault, me = None, jax.process_index()
-        context = ocp.Context()
-        # Each process reads its own part without waiting for the others: one that cannot would leave them waiting.
-        context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
-        # Files wait in this host's memory for their way to the devices: no more of them at once than one array.
-        context.memory.read_concurrent_bytes = 1 + max(map(_local_bytes, jax.tree.leaves(wanted)))
-        try:
-            with context, self._readable(step):
-                loaded = ocp.load_checkpointables(path, wanted)
-        except Damaged as error:
-            fault = error
-        if anywhere(fault is not None):
-            raise fault or Damaged(f"{path} cannot be read by another process; see what it printed")
-        with self._readable(step):
-            for name, tree in loaded.items():
-                _check(arrays[name], checksums(tree), name)
-        return loaded
-
-    @contextmanager
-    def _readable(self, step: int) -> Iterator[None]:
-        """Turns what is raised for files that were cut, changed or removed into Damaged."""
-        try:
-            yield
-        except (Damaged, *UNREADABLE) as error:
-            what = str(error) if isinstance(error, Damaged) else _cause(error)
-            raise Damaged(
-                f"{self.folder}/{step} is damaged: {what}. There are checkpoints of steps {self.steps()}"
-            ) from error
+        return stored.load(self.path(step), {"parameters": like})["parameters"]
 
     def _set_aside(self, step: int) -> Path:
         """Takes a checkpoint out of the list without deleting it."""
-        source = self.folder / str(step)
+        source = self.path(step)
         number, target = 1, source.with_name(f"{step}.damaged")
         while target.exists():
             number, target = number + 1, source.with_name(f"{step}.damaged-{number + 1}")
@@ -287,45 +217,12 @@ class Checkpoints:
                 self._orbax.close()
 
 
-def parse_checkpoint(text: str) -> tuple[Path, int | None]:
-    """WORKDIR or WORKDIR@STEP.
-
-    Raises:
-      UserError: STEP is not a number.
-    """
-    path, at, step = text.rpartition("@")
-    if not at:
-        return Path(text), None
-    if not step.isdigit():
-        raise UserError(f"{text}: {step!r} is not a step; write WORKDIR or WORKDIR@STEP")
-    return Path(path), int(step)
-
-
-def _local_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    """Bytes of an array that this process reads."""
-    return prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize * len(leaf.sharding.addressable_devices)
-
-
 def _trees(state: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """A state as the items of a checkpoint."""
     return {
         "parameters": state["parameters"],
         "training": {name: tree for name, tree in state.items() if name != "parameters"},
     }
-
-
-def _check(entries: Mapping[str, list], found: Mapping[str, str], name: str) -> None:
-    """Compares checksums with those on record."""
-    if faults := wrong({path: expected for path, (_, _, expected) in entries.items()}, found):
-        more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
-        raise Damaged(f"checksums do not hold for {name}: {', '.join(faults[:4])}{more}")
-
-
-def _cause(error: BaseException) -> str:
-    """What an exception began with, in a line: what Orbax raises last says little."""
-    while cause := error.__cause__ or error.__context__:
-        error = cause
-    return f"{type(error).__name__}: {str(error)[:300].splitlines()[0] if str(error) else 'no reason given'}"
 
 
 @contextmanager
@@ -344,12 +241,3 @@ def _readable_errors(folder: Path, needed: int) -> Iterator[None]:
         ) from error
 
 
-def abstract(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
-    """Shapes, dtypes and concrete shardings of what `jax.eval_shape` gave, whose shardings name no devices."""
-
-    def concrete(leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding = getattr(leaf, "sharding", None)
-        spec = PartitionSpec() if sharding is None else sharding.spec
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-    return jax.tree.map(concrete, tree)

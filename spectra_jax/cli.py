@@ -125,6 +125,12 @@ def generate(args: argparse.Namespace) -> None:
     print(text)
 
 
+def export(args: argparse.Namespace) -> None:
+    from spectra_jax.interop import hf
+
+    print(hf.export(args.checkpoint, args.out, dtype=args.dtype))
+
+
 def plot(args: argparse.Namespace) -> None:
     from spectra_jax.analysis.plots import plot_runs
 
@@ -230,6 +236,12 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     arg("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default %(default)s)")
     arg("--top-k", type=int, default=40, help="choose among so many; 0 for all (default %(default)s)")
     arg("--seed", type=int, default=0, help="of the random choices (default %(default)s)")
+
+    arg = add(export, "Write a checkpoint in another format: hf is a folder that transformers loads as a Llama.")
+    arg("--checkpoint", required=True, metavar="WORKDIR[@STEP]", help="a run, by default its newest checkpoint")
+    arg("--to", required=True, choices=["hf"], help="the format")
+    arg("--out", required=True, help="folder to write; it must not exist")
+    arg("--dtype", default="float32", help="float32, bfloat16 or float16 (default %(default)s)")
 
     arg = add(plot, "Draw the loss curves of runs over each other.")
     arg("workdirs", nargs="+", help="folders of runs")

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from spectra_jax import metrics
-from spectra_jax.checkpoint import Checkpoints, parse_checkpoint
+from spectra_jax import metrics, stored
+from spectra_jax.checkpoint import Checkpoints
 from spectra_jax.errors import UserError
 from spectra_jax.progress import human
 from spectra_jax.record import Damaged
@@ -27,24 +27,24 @@ def checkpoint_rows(run: Path | str) -> list[Row]:
     Raises:
       UserError: there are none.
     """
-    workdir, chosen = parse_checkpoint(str(run))
+    workdir, chosen = stored.parse_checkpoint(str(run))
     checkpoints, rows = Checkpoints(workdir), []
     for step in checkpoints.chosen(chosen):
         tokens, full, fault = None, None, ""
         try:
-            record = checkpoints.record(step)
+            record = stored.record_of(checkpoints.path(step))
             tokens, full = record.get("tokens"), "training" in record["arrays"]
-            checkpoints.verify(step)
+            stored.verify(checkpoints.path(step))
         except Damaged as error:
             fault = str(error)
-        rows.append(Row(step, full, tokens, checkpoints.size(step), fault))
+        rows.append(Row(step, full, tokens, stored.size(checkpoints.path(step)), fault))
     checkpoints.close()
     return rows
 
 
 def table(run: Path | str) -> str:
     """One line per checkpoint: step, tokens, training loss, size, what it holds, whether its checksums hold."""
-    rows, workdir = checkpoint_rows(run), parse_checkpoint(str(run))[0]
+    rows, workdir = checkpoint_rows(run), stored.parse_checkpoint(str(run))[0]
     losses = {r["step"]: r["loss"] for r in metrics.read(workdir) if r["kind"] == "train"}
     lines = [f"{'step':>10} {'tokens':>9} {'loss':>8} {'bytes':>9}  {'holds':<7}  verified"]
     for row in rows:

@@ -13,11 +13,12 @@ import pytest
 from helpers import ROOT, environment, same_bits
 from jax.sharding import PartitionSpec as P
 
-from spectra_jax.checkpoint import FOLDER, Checkpoints, abstract
+from spectra_jax.checkpoint import FOLDER, Checkpoints
 from spectra_jax.errors import UserError
 from spectra_jax.record import git_commit, make_record
 from spectra_jax.schema import Checkpoint, Config, Data, Train
 from spectra_jax.sharding import AXES
+from spectra_jax.stored import abstract, record_of
 
 CONFIG = Config(
     data=Data(T=8, batch=2), train=Train(steps=20),
@@ -60,7 +61,7 @@ def test_everything_comes_back(tmp_path):
     writing.save(3, state, record)
     writing.close()
     reading = Checkpoints(tmp_path)
-    assert reading.steps() == [3] and reading.record(3).items() >= record.items()
+    assert reading.steps() == [3] and record_of(reading.path(3)).items() >= record.items()
     assert same_bits(reading.restore(3, like(state)), state)
     assert same_bits(reading.restore_parameters(3, like(state["parameters"])), state["parameters"])
 

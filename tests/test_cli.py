@@ -12,11 +12,12 @@ from spectra_jax.errors import UserError
 
 # What each command's help must speak of.
 COMMANDS = {
-    "train": ["--config.", "--workdir", "--accept-changes", "configs/trilm.py:99m", "spectra_jax/schema.py"],
+    "train": ["--config.", "--workdir", "--accept-changes", "--distributed", "configs/trilm.py:99m", "schema.py"],
     "sweep": ["--sweep", "get_sweep", "one subfolder per row"],
     "prepare": ["--tokenizer", "train:N", "--context", "tfds:NAME", "default 2048", "resumes"],
     "evaluate": ["WORKDIR[@STEP]", "--sets", "default validation"],
     "generate": ["--prompt", "--temperature", "--top-k", "0 for all"],
+    "export": ["--to", "--out", "transformers loads", "bfloat16"],
     "plot": ["workdirs", ".svg", "tokens or step"],
     "suite": ["bits"],
     "quickstart": ["runs/quickstart", "on a CPU"],

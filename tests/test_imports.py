@@ -14,12 +14,16 @@ ROOT = Path(__file__).parents[1]
 BASE = {"errors", "schema", "suite", "config", "hardware", "progress"}
 MODEL = BASE | {"sharding", "weights", "model"}
 STEP = MODEL | {"train", "train.loss"}
-RUN = STEP | {"data", "distributed", "record", "checkpoint", "metrics", "evaluate", "train.guard", "train.workdir"}
+RUN = STEP | {
+    "data", "distributed", "record", "stored", "checkpoint", "metrics", "timer", "evaluate", "train.guard",
+    "train.workdir",
+}
 ALLOWED = {
     "errors": set(),
     "hardware": {"errors"},
     "progress": {"errors"},
     "metrics": {"errors"},
+    "timer": set(),
     "schema": {"errors"},
     "suite": {"errors"},
     "config": {"errors", "schema", "suite"},
@@ -31,23 +35,24 @@ ALLOWED = {
     "distributed": {"errors"},
     "record": {"errors", "checksum"},
     "retention": {"schema"},
-    "checkpoint": {"errors", "progress", "schema", "checksum", "distributed", "record", "retention"},
+    "stored": {"errors", "checksum", "distributed", "record"},
+    "checkpoint": {"errors", "progress", "schema", "distributed", "record", "retention", "stored"},
     "train.loss": {"sharding"},
     "train": MODEL | {"train.loss"},
     "train.guard": {"errors"},
     "train.workdir": BASE | {"data"},
     "evaluate": MODEL | {"data", "train.loss"},
     "train.loop": RUN,
-    "serve": MODEL | {"data", "checkpoint", "train.workdir"},
+    "serve": MODEL | {"data", "stored", "checkpoint", "train.workdir"},
     "evaluate.report": MODEL | {"data", "evaluate", "serve"},
     "quantize": MODEL | {"data", "checkpoint", "metrics", "evaluate", "serve"},
     "interop": MODEL | {"data", "checkpoint", "serve"},
     "analysis": MODEL | {"checkpoint", "metrics", "serve"},
-    "verify": BASE | {"metrics", "record", "checkpoint"},
+    "verify": BASE | {"metrics", "record", "stored", "checkpoint"},
     "aot": STEP,
 }
 # Modules that exist for `python -m spectra_jax.COMMAND`: they hand over to the command line.
-ENTRIES = {"checkpoints", "prepare", "plot", "generate", "train.__main__", "evaluate.__main__"}
+ENTRIES = {"checkpoints", "prepare", "export", "plot", "generate", "train.__main__", "evaluate.__main__"}
 ALLOWED |= dict.fromkeys(ENTRIES, {"cli"})
 # The command line, and commands that compose all the rest.
 COMMANDS = {"cli", "quickstart", "sweep"}
@@ -57,7 +62,7 @@ ALLOWED |= dict.fromkeys(COMMANDS, set(ALLOWED) - ENTRIES | COMMANDS)
 OWNERS = {
     "ml_collections": {"config"},
     "absl": {"cli", "config"},
-    "orbax": {"checkpoint"},
+    "orbax": {"checkpoint", "stored"},
     "grain": {"data"},
     "array_record": {"data"},
     "tensorflow_datasets": {"data"},
@@ -68,6 +73,7 @@ OWNERS = {
     "jax._src": set(),
     "torch": set(),
     "transformers": set(),
+    "safetensors": {"interop"},
 }
 
 

@@ -9,12 +9,13 @@ import jax
 from flax import nnx
 from jaxtyping import PyTree
 
-from spectra_jax.checkpoint import Checkpoints, abstract, parse_checkpoint
+from spectra_jax.checkpoint import Checkpoints
 from spectra_jax.data import tokenizer as tokenizers
 from spectra_jax.data.tokenizer import Tokenizer
 from spectra_jax.model.parameters import freeze, graphdef_of, init_parameters
 from spectra_jax.schema import Config, Mesh
 from spectra_jax.sharding import make_mesh
+from spectra_jax.stored import abstract, parse_checkpoint, record_of
 from spectra_jax.train.workdir import read_config
 
 EVALUATION_BATCH = 8  # sequences per device: enough to be quick, small enough for any machine
@@ -57,7 +58,7 @@ def load(checkpoint: str, *, latent: bool = False, devices: Sequence[jax.Device]
         if not latent:
             parameters = freeze(config.model, parameters)
         graphdef = graphdef_of(config.model)
-    record = checkpoints.record(step)
+    record = record_of(checkpoints.path(step))
     checkpoints.close()
     tokenizer = tokenizers.load(str(workdir / "tokenizer.json"))
     return Loaded(config, mesh, graphdef, parameters, tokenizer, step, record)

@@ -12,12 +12,12 @@ from jax.sharding import Mesh
 
 from spectra_jax import config as configs
 from spectra_jax import hardware
-from spectra_jax.checkpoint import Checkpoints, abstract
+from spectra_jax.checkpoint import Checkpoints
 from spectra_jax.data.loader import Loader
 from spectra_jax.distributed import Vote
 from spectra_jax.errors import Stopped, UserError
 from spectra_jax.evaluate.perplexity import evaluate, make_sums, short_names
-from spectra_jax.metrics import MetricsWriter, Timer
+from spectra_jax.metrics import MetricsWriter
 from spectra_jax.metrics import read as read_metrics
 from spectra_jax.model.parameters import count, graphdef_of
 from spectra_jax.model.transformer import compute_dtype
@@ -25,6 +25,8 @@ from spectra_jax.progress import ProgressLine
 from spectra_jax.record import make_record
 from spectra_jax.schema import Config
 from spectra_jax.sharding import batch_sharding, make_mesh
+from spectra_jax.stored import abstract
+from spectra_jax.timer import Timer
 from spectra_jax.train.guard import StopRequest, Watchdog, only_run_in
 from spectra_jax.train.schedule import interventions
 from spectra_jax.train.step import State, init_state, make_step

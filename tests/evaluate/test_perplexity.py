@@ -10,7 +10,6 @@ import pytest
 from helpers import TERNARY, copy_of, data, prepare_set, spectra, trained
 
 from spectra_jax import config as configs
-from spectra_jax.checkpoint import parse_checkpoint
 from spectra_jax.data.loader import Loader
 from spectra_jax.data.manifest import Manifest
 from spectra_jax.errors import UserError
@@ -18,6 +17,7 @@ from spectra_jax.evaluate.perplexity import Quality, short_names
 from spectra_jax.evaluate.report import evaluate_checkpoint, evaluate_sets
 from spectra_jax.model.parameters import apply
 from spectra_jax.serve.load import Loaded, load
+from spectra_jax.stored import parse_checkpoint
 
 
 @pytest.fixture(scope="module")

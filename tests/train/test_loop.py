@@ -16,6 +16,7 @@ from spectra_jax.data.loader import Loader
 from spectra_jax.errors import UserError
 from spectra_jax.schema import Config
 from spectra_jax.serve.load import load
+from spectra_jax.stored import record_of
 from spectra_jax.train.loop import make_loader, train
 from spectra_jax.train.schedule import learning_rate, weight_decay
 from spectra_jax.verify import checkpoint_rows
@@ -176,7 +177,7 @@ def test_config_commit_and_data_are_on_record():
     assert checkpoints.steps() == [4, 8, 12]
     fingerprint = Loader([(data(), 1.0)], split="train", T=16, B=8, V=304, seed=0).fingerprint
     for step in checkpoints.steps():
-        record = checkpoints.record(step)
+        record = record_of(checkpoints.path(step))
         assert configs.from_dict(record["config"]) == config
         assert record["tokens"] == step * TOKENS_PER_STEP and record["data_fingerprint"] == fingerprint
         assert record["git_commit"] and record["versions"]["jax"] == jax.__version__

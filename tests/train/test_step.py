@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from helpers import T, drawn, first_state, on_mesh, same_bits, tiny
 
-from spectra_jax.checkpoint import abstract
 from spectra_jax.schema import Config
 from spectra_jax.sharding import batch_sharding
+from spectra_jax.stored import abstract
 from spectra_jax.train.schedule import learning_rate, weight_decay
 from spectra_jax.train.step import init_state, make_step
 
