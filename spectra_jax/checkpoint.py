@@ -7,6 +7,7 @@ first alone and a permanent one may leave out the second, and the record of reco
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -50,6 +51,7 @@ class Checkpoints:
         self._policy = Policy(self.plan) if config else None
         self._read_back = bool(config and config.checkpoint.read_back and jax.process_index() == 0)
         self._threads, self._needed = ThreadPoolExecutor(2, "checkpoints"), 0
+        self._child: subprocess.Popen | None = None
         self._done = self._saving = self._reading = self._threads.submit(lambda: None)
         try:
             if config is not None:
@@ -114,15 +116,16 @@ class Checkpoints:
         """Reads back what was saved, so that retention knows; in another process, as Orbax's threads share a state."""
         if saving.exception() is None:
             command = [sys.executable, "-m", "spectra_jax.verify", f"{self.folder.parent}@{step}"]
-            child = subprocess.Popen(
+            # In a session of its own a Ctrl-C that is meant for training does not reach it.
+            self._child = subprocess.Popen(
                 command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                text=True,
+                text=True, start_new_session=True,
             )
-            os.setpriority(os.PRIO_PROCESS, child.pid, 10)  # training goes first
-            _, said = child.communicate()
-            if child.returncode == 0:
+            os.setpriority(os.PRIO_PROCESS, self._child.pid, 10)  # training goes first
+            _, said = self._child.communicate()
+            if self._child.returncode == 0:
                 self._policy.sound.add(step)
-            else:
+            elif self._child.returncode != -signal.SIGTERM:
                 said = f"reading back step {step}: {said.strip()}\nan older checkpoint stays"
                 print(said, file=sys.stderr, flush=True)
 
@@ -202,6 +205,15 @@ class Checkpoints:
         """
         saving, self._saving = self._saving, self._done
         saving.result()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        """Closes; where something went wrong, without waiting for what reading back would say."""
+        if kind and self._child:
+            self._child.terminate()
+        self.close()
 
     def close(self) -> None:
         """Waits for what is under way, reading back included, and closes.

@@ -1,6 +1,6 @@
 """`spectra train`: composition of data, step, checkpoints, evaluation and metrics."""
 
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import isfinite
@@ -57,7 +57,7 @@ def train(config: Config, workdir: Path | str, *, accept_changes: bool = False) 
             stack.enter_context(only_run_in(workdir))
         open_workdir(workdir, config, loader, accept_changes)
         watchdog = stack.enter_context(Watchdog(config.train.stuck_seconds))
-        with closing(Checkpoints(workdir, config)) as checkpoints:  # a save under way is finished, come what may
+        with Checkpoints(workdir, config) as checkpoints:  # a save under way is finished, come what may
             start, state = restore_or_init(config, mesh, checkpoints)
             with (
                 MetricsWriter(
