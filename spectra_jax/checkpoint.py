@@ -96,7 +96,7 @@ class Checkpoints:
         """
         self.wait()
         trees = _trees(state)
-        if self.plan.weights_only(step) and not full:
+        if not trees["training"] or (self.plan.weights_only(step) and not full):
             del trees["training"]
         self._needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         items = {**trees, stored.RECORD: Record({**content, "step": step}, trees)}

@@ -125,6 +125,12 @@ def generate(args: argparse.Namespace) -> None:
     print(text)
 
 
+def import_(args: argparse.Namespace) -> None:
+    from spectra_jax.interop.hf_import import import_folder
+
+    print(import_folder(args.folder, args.out, weight=args.weight, scale_shards=args.scale_shards))
+
+
 def export(args: argparse.Namespace) -> None:
     from spectra_jax.interop import hf
 
@@ -177,7 +183,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     def add(execute: Callable, help: str, epilog: str = "", takes_config: bool = False) -> Callable:
         parser = commands.add_parser(
-            execute.__name__, help=help, description=help, epilog=epilog, allow_abbrev=False,
+            execute.__name__.rstrip("_"), help=help, description=help, epilog=epilog, allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.set_defaults(execute=execute, takes_config=takes_config)
@@ -236,6 +242,13 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     arg("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default %(default)s)")
     arg("--top-k", type=int, default=40, help="choose among so many; 0 for all (default %(default)s)")
     arg("--seed", type=int, default=0, help="of the random choices (default %(default)s)")
+
+    arg = add(import_, "Make a run of a Hugging Face folder of Llama's shape: evaluate, generate and export take it.",
+              "Example:\n  spectra import models/SmolLM2-135M --out=runs/smollm2")
+    arg("folder", help="config.json, *.safetensors, tokenizer.json")
+    arg("--out", required=True, help="folder of the run; it must not exist")
+    arg("--weight", default="float", help="float, or what the matrices hold already: ternary, binary (default float)")
+    arg("--scale-shards", type=int, default=1, help="scales per quantized matrix (default %(default)s)")
 
     arg = add(export, "Write a checkpoint in another format: hf is a folder that transformers loads as a Llama.")
     arg("--checkpoint", required=True, metavar="WORKDIR[@STEP]", help="a run, by default its newest checkpoint")

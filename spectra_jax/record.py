@@ -104,8 +104,8 @@ def _seal(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, "seal": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def make_record(config: Mapping[str, Any], tokens: int, data_fingerprint: str) -> dict[str, Any]:
-    """What a checkpoint says about its origin, JSON-ready."""
+def make_record(config: Mapping[str, Any], tokens: int | None, data_fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint says about its origin, JSON-ready. None: nobody knows on how many tokens it was trained."""
     return {
         "config": dict(config),
         "tokens": tokens,

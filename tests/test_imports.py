@@ -46,13 +46,13 @@ ALLOWED = {
     "serve": MODEL | {"data", "stored", "checkpoint", "train.workdir"},
     "evaluate.report": MODEL | {"data", "evaluate", "serve"},
     "quantize": MODEL | {"data", "checkpoint", "metrics", "evaluate", "serve"},
-    "interop": MODEL | {"data", "checkpoint", "serve"},
+    "interop": MODEL | {"data", "record", "stored", "checkpoint", "train.workdir", "serve"},
     "analysis": MODEL | {"checkpoint", "metrics", "serve"},
     "verify": BASE | {"metrics", "record", "stored", "checkpoint"},
     "aot": STEP,
 }
 # Modules that exist for `python -m spectra_jax.COMMAND`: they hand over to the command line.
-ENTRIES = {"checkpoints", "prepare", "export", "plot", "generate", "train.__main__", "evaluate.__main__"}
+ENTRIES = {"checkpoints", "prepare", "import", "export", "plot", "generate", "train.__main__", "evaluate.__main__"}
 ALLOWED |= dict.fromkeys(ENTRIES, {"cli"})
 # The command line, and commands that compose all the rest.
 COMMANDS = {"cli", "quickstart", "sweep"}

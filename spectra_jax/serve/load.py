@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from spectra_jax.checkpoint import Checkpoints
 from spectra_jax.data import tokenizer as tokenizers
 from spectra_jax.data.tokenizer import Tokenizer
+from spectra_jax.errors import UserError
 from spectra_jax.model.parameters import freeze, graphdef_of, init_parameters
 from spectra_jax.schema import Config, Mesh
 from spectra_jax.sharding import make_mesh
@@ -52,13 +53,18 @@ def load(checkpoint: str, *, latent: bool = False, devices: Sequence[jax.Device]
     mesh = make_mesh(config, devices)
     checkpoints = Checkpoints(workdir)
     step = checkpoints.chosen(step)[-1]
+    record = record_of(checkpoints.path(step))
     with jax.set_mesh(mesh):
         like = jax.eval_shape(partial(init_parameters, config.model), jax.random.key(0))
+        frozen = any(path.endswith(".codes") for path in record["arrays"]["parameters"])
+        if frozen and latent:
+            raise UserError(f"{checkpoint} holds codes and scales; there are no latent weights to load")
+        if frozen:
+            like = jax.eval_shape(partial(freeze, config.model), like)
         parameters = checkpoints.restore_parameters(step, abstract(like, mesh))
-        if not latent:
+        if not (frozen or latent):
             parameters = freeze(config.model, parameters)
         graphdef = graphdef_of(config.model)
-    record = record_of(checkpoints.path(step))
     checkpoints.close()
     tokenizer = tokenizers.load(str(workdir / "tokenizer.json"))
     return Loaded(config, mesh, graphdef, parameters, tokenizer, step, record)

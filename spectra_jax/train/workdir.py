@@ -34,20 +34,29 @@ def open_workdir(workdir: Path, config: Config, loader: Loader, accept_changes: 
         _refuse_changes(path, config, loader)
     if jax.process_index() != 0:
         return
-    content = {
-        "family": config.family,
-        "name": config.name,
-        "data_fingerprint": loader.fingerprint,
-        "config": configs.to_dict(config),
-    }
     source = loader.manifests[0].tokenizer_file
     try:
         tokenizer = source.read_text("utf-8")
     except OSError as error:
         raise UserError(f"cannot read {source}: {error.strerror}; copy the prepared set again") from error
+    write_run(workdir, config, fingerprint=loader.fingerprint, tokenizer=tokenizer)
+
+
+def write_run(workdir: Path, config: Config, *, fingerprint: str, tokenizer: str) -> None:
+    """Writes config.json and tokenizer.json (its text).
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    content = {
+        "family": config.family,
+        "name": config.name,
+        "data_fingerprint": fingerprint,
+        "config": configs.to_dict(config),
+    }
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(content, indent=1) + "\n", workdir)
+        write_text(workdir / "config.json", json.dumps(content, indent=1) + "\n", workdir)
         write_text(workdir / "tokenizer.json", tokenizer, workdir)
     except OSError as error:
         raise UserError(f"cannot write to {workdir}: {error.strerror}; use another --workdir") from error
