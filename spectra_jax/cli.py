@@ -126,9 +126,11 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def import_(args: argparse.Namespace) -> None:
-    from spectra_jax.interop.hf_import import import_folder
+    from spectra_jax.interop.importing import import_model
 
-    print(import_folder(args.folder, args.out, weight=args.weight, scale_shards=args.scale_shards))
+    print(import_model(
+        args.model, args.out, weight=args.weight, scale_shards=args.scale_shards, tokenizer=args.tokenizer
+    ))
 
 
 def export(args: argparse.Namespace) -> None:
@@ -243,12 +245,13 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     arg("--top-k", type=int, default=40, help="choose among so many; 0 for all (default %(default)s)")
     arg("--seed", type=int, default=0, help="of the random choices (default %(default)s)")
 
-    arg = add(import_, "Make a run of a Hugging Face folder of Llama's shape: evaluate, generate and export take it.",
+    arg = add(import_, "Make a run of another format's Llama-shaped model: evaluate, generate and export take it.",
               "Example:\n  spectra import models/SmolLM2-135M --out=runs/smollm2")
-    arg("folder", help="config.json, *.safetensors, tokenizer.json")
+    arg("model", help="a Hugging Face folder (config.json, *.safetensors, tokenizer.json), or a .gguf file")
     arg("--out", required=True, help="folder of the run; it must not exist")
     arg("--weight", default="float", help="float, or what the matrices hold already: ternary, binary (default float)")
     arg("--scale-shards", type=int, default=1, help="scales per quantized matrix (default %(default)s)")
+    arg("--tokenizer", default=None, metavar="FILE", help="a tokenizer.json in place of the model's own")
 
     arg = add(export, "Write a checkpoint in another format: hf is a folder that transformers loads as a Llama.")
     arg("--checkpoint", required=True, metavar="WORKDIR[@STEP]", help="a run, by default its newest checkpoint")

@@ -45,7 +45,8 @@ def checkpoint_rows(run: Path | str) -> list[Row]:
 def table(run: Path | str) -> str:
     """One line per checkpoint: step, tokens, training loss, size, what it holds, whether its checksums hold."""
     rows, workdir = checkpoint_rows(run), stored.parse_checkpoint(str(run))[0]
-    losses = {r["step"]: r["loss"] for r in metrics.read(workdir) if r["kind"] == "train"}
+    records = metrics.read(workdir) if (workdir / metrics.FILE).exists() else []  # an imported run has none
+    losses = {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
     lines = [f"{'step':>10} {'tokens':>9} {'loss':>8} {'bytes':>9}  {'holds':<7}  verified"]
     for row in rows:
         tokens = "-" if row.tokens is None else human(row.tokens)

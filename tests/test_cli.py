@@ -17,7 +17,7 @@ COMMANDS = {
     "prepare": ["--tokenizer", "train:N", "--context", "tfds:NAME", "default 2048", "resumes"],
     "evaluate": ["WORKDIR[@STEP]", "--sets", "default validation"],
     "generate": ["--prompt", "--temperature", "--top-k", "0 for all"],
-    "import": ["folder", "--weight", "runs/smollm2"],
+    "import": [".gguf", "--weight", "runs/smollm2"],
     "export": ["--to", "--out", "transformers loads", "bfloat16"],
     "plot": ["workdirs", ".svg", "tokens or step"],
     "suite": ["bits"],

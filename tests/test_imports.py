@@ -74,6 +74,7 @@ OWNERS = {
     "torch": set(),
     "transformers": set(),
     "safetensors": {"interop"},
+    "gguf": {"interop"},
 }
 
 

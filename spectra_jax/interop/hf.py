@@ -17,6 +17,7 @@ from jaxtyping import Array
 from safetensors.numpy import save_file
 
 from spectra_jax.errors import UserError, one_of
+from spectra_jax.interop.llama import NORMS, THEIRS
 from spectra_jax.model.matrices import MATRICES
 from spectra_jax.schema import Model
 from spectra_jax.serve.load import Loaded, load
@@ -25,8 +26,6 @@ from spectra_jax.weights.frozen import Frozen
 
 DTYPES = ("float32", "bfloat16", "float16")
 FILE_BYTES = 4 << 30  # tensors per file, as the hub likes them
-THEIRS = {"attention": "self_attn.{}_proj", "mlp": "mlp.{}_proj"}
-NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 
 
 def export(checkpoint: str, out: Path | str, *, dtype: str = "float32") -> Path:

@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "faults.py"
 
 @pytest.mark.slow
 def test_twenty_kills_change_no_bit():
-    command = [sys.executable, SCRIPT, "--kills=20", "--steps=200"]
+    command = [sys.executable, SCRIPT, "--kills=20", "--steps=100"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

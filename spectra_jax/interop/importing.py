@@ -1,33 +1,32 @@
-"""A Hugging Face folder of Llama's shape as a run of ours, which every command takes like one that was trained here.
+"""Another format's model as a run of ours, which every command takes like one that was trained here.
 
 Each device reads its own part of each tensor, straight from the files. A matrix that holds scale times code already,
 as released TriLMs do, is taken apart exactly: its scale is the largest magnitude of the shard. (To take the mean
 magnitude again, as training does, would shrink the scale by the share of zeros.)
 """
 
-import json
 import shutil
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
-from safetensors import SafetensorError, safe_open
 
 from spectra_jax import config as configs
 from spectra_jax.checkpoint import Checkpoints
-from spectra_jax.data import tokenizer as tokenizers
+from spectra_jax.data.tokenizer import Tokenizer
 from spectra_jax.errors import UserError, one_of
-from spectra_jax.interop.hf import NORMS, THEIRS
+from spectra_jax.interop.gguf_source import open_file
+from spectra_jax.interop.hf_source import open_folder
+from spectra_jax.interop.llama import NORMS, THEIRS, Source
 from spectra_jax.model.matrices import MATRICES, shards_of
 from spectra_jax.model.parameters import init_parameters
 from spectra_jax.record import make_record
-from spectra_jax.schema import Checkpoint, Config, Data, Model, Train, check
+from spectra_jax.schema import Config, Data, Model, Train, check
 from spectra_jax.sharding import make_mesh
 from spectra_jax.stored import abstract
 from spectra_jax.train.workdir import write_run
@@ -38,110 +37,61 @@ FAMILIES = {"float": "FloatLM", "ternary": "TriLM", "binary": "BiLM"}
 T_LIMIT = 2048  # a longer context is a choice, not a default: evaluation pays for it
 
 
-def import_folder(folder: Path | str, out: Path | str, *, weight: str = "float", scale_shards: int = 1) -> Path:
-    """Makes the run `out` of a folder with config.json, safetensors files and tokenizer.json.
+def import_model(
+    path: Path | str, out: Path | str, *, weight: str = "float", scale_shards: int = 1, tokenizer: str | None = None
+) -> Path:
+    """Makes the run `out` of a Hugging Face folder or a GGUF file.
 
     Args:
       weight: what the block matrices are: float, or scale times ternary or binary codes.
       scale_shards: scales per matrix, where they are quantized.
+      tokenizer: a tokenizer.json to take in place of the model's own.
 
     Raises:
       UserError: a model that is not Llama-shaped, files that are missing or damaged, matrices that do not hold such
         codes, or `out` exists.
     """
-    folder, out = Path(folder), Path(out)
+    path, out = Path(path), Path(out)
     one_of(weight, FAMILIES, "weight")
     if out.exists():
         raise UserError(f"{out} exists; an import never replaces anything: name another --out, or remove it")
-    theirs = _read_json(folder / "config.json")
-    model = model_of(theirs, weight, scale_shards)
-    config = check(Config(
-        family=FAMILIES[weight], name=folder.name, model=model, train=Train(steps=1), checkpoint=Checkpoint(),
-        data=Data(T=min(theirs.get("max_position_embeddings", T_LIMIT), T_LIMIT), batch=jax.device_count()),
-    ))
-    tokenizers.load(str(folder / "tokenizer.json"))  # refuses what cannot be used
-    tokenizer = (folder / "tokenizer.json").read_text("utf-8")
-    mesh = make_mesh(config)
-    with jax.set_mesh(mesh), ExitStack() as files:
-        like = abstract(jax.eval_shape(partial(init_parameters, model), jax.random.key(0)), mesh)
-        parameters = _read_parameters(model, _open(folder, files), like)
-        if weight != "float":
-            parameters = _recover(model, parameters)
-        content = make_record(configs.to_dict(config), theirs.get("spectra_jax", {}).get("tokens"), "")
-        half = out.with_name(f".{out.name}.part")
-        shutil.rmtree(half, ignore_errors=True)
-        try:
-            write_run(half, config, fingerprint="", tokenizer=tokenizer)
-            with Checkpoints(half, config) as checkpoints:
-                checkpoints.save(0, {"parameters": parameters}, {**content, "imported": folder.name})
-            half.rename(out)
-        finally:
-            shutil.rmtree(half, ignore_errors=True)
+    with ExitStack() as files:
+        source = open_file(path, tokenizer) if path.suffix == ".gguf" else open_folder(path, files, tokenizer)
+        Tokenizer(source.tokenizer, name=source.name)  # refuses what cannot be used
+        config = check(Config(
+            family=FAMILIES[weight], name=source.name, train=Train(steps=1),
+            model=replace(source.model, weight=weight, scale_shards=scale_shards),
+            data=Data(T=min(source.context, T_LIMIT), batch=jax.device_count()),
+        ))
+        mesh = make_mesh(config)
+        with jax.set_mesh(mesh):
+            like = abstract(jax.eval_shape(partial(init_parameters, config.model), jax.random.key(0)), mesh)
+            parameters = _read_parameters(config.model, source, like)
+            if weight != "float":
+                parameters = _recover(config.model, parameters)
+            _write(config, source, parameters, out)
     return out
 
 
-def model_of(theirs: Mapping[str, Any], weight: str, scale_shards: int) -> Model:
-    """The shape that a config.json describes.
-
-    Raises:
-      UserError: it is not Llama's, or something in it has no counterpart here.
-    """
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    wanted = {
-        "model_type": ("llama", theirs.get("model_type")),
-        "hidden_act": ("silu", theirs.get("hidden_act", "silu")),
-        "attention_bias": (False, theirs.get("attention_bias", False)),
-        "mlp_bias": (False, theirs.get("mlp_bias", False)),
-        "rope_type": ("default", rope.get("rope_type", rope.get("type", "default"))),
-    }
-    faults = [f"{key}={found!r} (only {ours!r} is known)" for key, (ours, found) in wanted.items() if found != ours]
-    if faults:
-        raise UserError("config.json: this model cannot be run here: " + ", ".join(faults))
+def _write(config: Config, source: Source, parameters: PyTree, out: Path) -> None:
+    """The run, which appears whole or not at all."""
+    content = make_record(configs.to_dict(config), source.tokens, "") | {"imported": source.name}
+    half = out.with_name(f".{out.name}.part")
+    shutil.rmtree(half, ignore_errors=True)
     try:
-        D, N = theirs["hidden_size"], theirs["num_attention_heads"]
-        return Model(
-            V=theirs["vocab_size"], D=D, F=theirs["intermediate_size"], L=theirs["num_hidden_layers"], N=N,
-            K=theirs.get("num_key_value_heads") or N, H=theirs.get("head_dim") or D // N, weight=weight,
-            scale_shards=scale_shards, rope_base=float(rope.get("rope_theta", theirs.get("rope_theta", 10_000.0))),
-            norm_eps=theirs["rms_norm_eps"], tie_embeddings=theirs.get("tie_word_embeddings", False),
-        )
-    except KeyError as error:
-        raise UserError(f"config.json has no {error}") from error
+        write_run(half, config, fingerprint="", tokenizer=source.tokenizer)
+        with Checkpoints(half, config) as checkpoints:
+            checkpoints.save(0, {"parameters": parameters}, content)
+        half.rename(out)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; a Hugging Face folder holds config.json, *.safetensors and "
-                        "tokenizer.json") from error
-
-
-def _open(folder: Path, files: ExitStack) -> Callable[[str], Any]:
-    """A function from a tensor's name to a slice of it that has not been read yet."""
-    index = folder / "model.safetensors.index.json"
-    names = set(_read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    where = {}
-    for name in sorted(names):
-        try:
-            file = files.enter_context(safe_open(folder / name, framework="numpy"))
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read {folder / name}: {error}; download it again") from error
-        where |= dict.fromkeys(file.keys(), file)
-
-    def tensor(name: str) -> Any:
-        if name not in where:
-            raise UserError(f"{folder} has no tensor {name}; it has {len(where)} others")
-        return where[name].get_slice(name)
-
-    return tensor
-
-
-def _read_parameters(m: Model, tensor: Callable[[str], Any], like: PyTree) -> PyTree:
+def _read_parameters(m: Model, source: Source, like: PyTree) -> PyTree:
     """Every array in place, in float32."""
 
     def read(leaf: jax.ShapeDtypeStruct, names: list[str], *, transposed: bool, stacked: bool) -> Array:
-        slices = [tensor(name) for name in names]
+        slices = [source.tensor(name) for name in names]
         shape = leaf.shape[1:] if stacked else leaf.shape
         for name, each in zip(names, slices):
             found = tuple(each.get_shape())

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from spectra_jax.errors import UserError
 from spectra_jax.interop import hf
-from spectra_jax.interop.hf_import import import_folder
+from spectra_jax.interop.importing import import_model
 from spectra_jax.model.parameters import apply
 from spectra_jax.serve.load import load
 from spectra_jax.verify import verify
@@ -49,7 +49,7 @@ def logits(run: Path, tokens: np.ndarray) -> np.ndarray:
 def test_the_same_logits_as_transformers(tmp_path, model, dtype, parts):
     folder = folder_of(tmp_path / "theirs", dtype=dtype, parts=parts, **MODELS[model])
     assert (len(list(folder.glob("*.safetensors"))) > 2) == (parts == "20KB")
-    run = import_folder(folder, tmp_path / "run")
+    run = import_model(folder, tmp_path / "run")
     tokens = np.random.RandomState(0).randint(0, 304, (2, 16))
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -62,7 +62,7 @@ def test_the_same_logits_as_transformers(tmp_path, model, dtype, parts):
 def test_codes_and_scales_come_back_exactly(tmp_path, weight):
     run = trained(*(TERNARY if weight == "ternary" else ("model.weight=binary",)), "model.scale_shards=2")
     first = hf.export(str(run), tmp_path / "first")
-    back = import_folder(first, tmp_path / "run", weight=weight, scale_shards=2)
+    back = import_model(first, tmp_path / "run", weight=weight, scale_shards=2)
     here = jax.devices()[:1]
     assert same_bits(load(str(back), devices=here).parameters, load(str(run), devices=here).parameters)
     second = hf.export(str(back), tmp_path / "second")
@@ -81,6 +81,8 @@ def test_the_commands_take_it(tmp_path):
         for each in (run, trained(*TERNARY))
     )
     assert told[0].startswith("TriLM theirs, step 0") and told[1:] == expected[1:] and len(told) == 3
+    done = spectra("checkpoints", str(run))
+    assert done.stdout.splitlines()[1].split()[2:] == ["-", done.stdout.split()[-3], "weights", "yes"], done.stderr
     done = spectra("generate", f"--checkpoint={run}", "--prompt=the whale", "--tokens=3")
     assert done.returncode == 0 and done.stdout.startswith("the whale"), done.stderr
 
@@ -88,12 +90,12 @@ def test_the_commands_take_it(tmp_path):
 def test_what_is_not_ternary_is_refused(tmp_path):
     float_folder = folder_of(tmp_path / "float", **MODELS["plain"])
     with pytest.raises(UserError, match="self_attn.q_proj of layer 0 is not ternary: .* of 1,024 weights"):
-        import_folder(float_folder, tmp_path / "run", weight="ternary")
+        import_model(float_folder, tmp_path / "run", weight="ternary")
     two = hf.export(str(trained(*TERNARY, "model.scale_shards=2")), tmp_path / "two")
     with pytest.raises(UserError, match="or another --scale-shards"):
-        import_folder(two, tmp_path / "run", weight="ternary")
+        import_model(two, tmp_path / "run", weight="ternary")
     with pytest.raises(UserError, match="not binary"):
-        import_folder(two, tmp_path / "run", weight="binary", scale_shards=2)
+        import_model(two, tmp_path / "run", weight="binary", scale_shards=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "two"]
 
 
@@ -113,17 +115,17 @@ def test_what_cannot_be_run_is_named(tmp_path, change, message):
     content = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
     with pytest.raises(UserError, match=message):
-        import_folder(folder, tmp_path / "run")
+        import_model(folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_files_that_are_missing_or_damaged(tmp_path):
     with pytest.raises(UserError, match="cannot read .*config.json"):
-        import_folder(tmp_path / "nowhere", tmp_path / "run")
+        import_model(tmp_path / "nowhere", tmp_path / "run")
     folder = folder_of(tmp_path / "theirs", **MODELS["plain"])
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="model.safetensors: .*; download it again"):
-        import_folder(folder, tmp_path / "run")
+        import_model(folder, tmp_path / "run")
     with pytest.raises(UserError, match="theirs exists; an import never replaces anything"):
-        import_folder(folder, folder)
+        import_model(folder, folder)
