@@ -41,6 +41,8 @@ class StopRequest:
     def _listen(self, heard: int) -> None:
         with open(heard, "rb", buffering=0) as pipe:
             while number := pipe.read(1):
+                if number[0] not in SIGNALS:  # of a handler that somebody else has installed
+                    continue
                 if self.signal:
                     os._exit(128 + number[0])
                 self.signal = signal.Signals(number[0])

@@ -59,6 +59,7 @@ def train(config: Config, workdir: Path | str, *, accept_changes: bool = False) 
         watchdog = stack.enter_context(Watchdog(config.train.stuck_seconds))
         with Checkpoints(workdir, config) as checkpoints:  # a save under way is finished, come what may
             start, state = restore_or_init(config, mesh, checkpoints)
+            watchdog.kick()
             with (
                 MetricsWriter(
                     workdir, tensorboard=config.metrics.tensorboard, wandb=config.metrics.wandb,

@@ -30,6 +30,18 @@ def test_the_first_signal_is_a_wish_and_the_second_leaves(number, capfd):
     assert done.returncode == 128 + number and done.stderr.count("saving after this step") == 1
 
 
+def test_other_signals_are_not_wishes():
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)  # heard after the other, by the same thread
+        deadline = time.monotonic() + 10
+        while stop.signal is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert stop.signal == signal.SIGTERM
+    signal.signal(signal.SIGUSR1, before)
+
+
 def script(seconds: float, body: str) -> subprocess.CompletedProcess:
     """A process under a watchdog."""
     return run(f"with Watchdog({seconds}) as dog:\n    {body}")
