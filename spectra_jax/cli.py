@@ -5,6 +5,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import NoReturn
 
 from spectra_jax.errors import Stopped, UserError
@@ -79,9 +80,8 @@ def train(args: argparse.Namespace) -> None:
     from spectra_jax.train.loop import train
 
     settings = config.load(args.config, args.overrides)
-    if args.distributed:
-        distributed.start(settings.train.heartbeat_seconds)
-    train(settings, args.workdir, accept_changes=args.accept_changes)
+    with distributed.joined(settings.train.heartbeat_seconds) if args.distributed else nullcontext():
+        train(settings, args.workdir, accept_changes=args.accept_changes)
 
 
 def sweep(args: argparse.Namespace) -> None:

@@ -1,6 +1,10 @@
 """Several processes of one run: how they find each other, and questions that all of them must answer alike."""
 
 import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from spectra_jax.errors import UserError
+from spectra_jax.errors import Stopped, UserError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -41,6 +45,23 @@ def start(heartbeat_seconds: int) -> None:
         raise UserError(
             f"--distributed: {error} JAX recognises no cluster here; set {', '.join(VARIABLES)} in every process"
         ) from error
+
+
+@contextmanager
+def joined(heartbeat_seconds: int) -> Iterator[None]:
+    """Joins the other processes, as `start`; what goes wrong in here ends this process at once, with its message.
+
+    An orderly end would wait for the others, who wait for this one in the middle of a step.
+    """
+    start(heartbeat_seconds)
+    try:
+        yield
+    except Stopped:  # all of them stop together
+        raise
+    except BaseException as error:
+        mine = isinstance(error, UserError)
+        print(f"error: {error}" if mine else traceback.format_exc(), file=sys.stderr, flush=True)
+        os._exit(2 if mine else 1)
 
 
 def anywhere(flag: bool) -> bool:
