@@ -92,8 +92,7 @@ def peak_of_a_restore(workdir: str, mib: int) -> int:
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = peak()
-    state = jax.block_until_ready(Checkpoints(workdir).restore(1, like))
-    assert size(state) > 0
+    jax.block_until_ready(Checkpoints(workdir).restore(1, like))
     return peak() - before
 
 

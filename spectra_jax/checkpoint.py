@@ -52,7 +52,9 @@ class Checkpoints:
         self._read_back = bool(config and config.checkpoint.read_back and jax.process_index() == 0)
         self._threads, self._needed = ThreadPoolExecutor(2, "checkpoints"), 0
         self._child: subprocess.Popen | None = None
-        self._done = self._saving = self._reading = self._threads.submit(lambda: None)
+        self._done: Future = Future()
+        self._done.set_result(None)
+        self._saving = self._reading = self._done
         try:
             if config is not None:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +102,7 @@ class Checkpoints:
             del trees["training"]
         self._needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         items = {**trees, stored.RECORD: Record({**content, "step": step}, trees)}
-        with _readable_errors(self.folder, self._needed):
+        with _save_errors(self.folder, self._needed):
             # Weights alone that a run saved before it was resumed from further back are saved again.
             response = self._orbax.save_checkpointables_async(step, items, force=True, overwrite=step in self.steps())
         self._saving = self._threads.submit(self._finish, response.result)
@@ -109,7 +111,7 @@ class Checkpoints:
             self._reading = self._threads.submit(self._read, step, self._saving)
 
     def _finish(self, wait: Callable[[], bool]) -> None:
-        with _readable_errors(self.folder, self._needed):
+        with _save_errors(self.folder, self._needed):
             wait()
 
     def _read(self, step: int, saving: Future) -> None:
@@ -225,7 +227,7 @@ class Checkpoints:
             self.wait()
         finally:
             self._threads.shutdown()
-            with _readable_errors(self.folder, self._needed):  # it raises once more what the last save failed of
+            with _save_errors(self.folder, self._needed):  # it raises once more what the last save failed of
                 self._orbax.close()
 
 
@@ -238,7 +240,7 @@ def _trees(state: Mapping[str, PyTree]) -> dict[str, PyTree]:
 
 
 @contextmanager
-def _readable_errors(folder: Path, needed: int) -> Iterator[None]:
+def _save_errors(folder: Path, needed: int) -> Iterator[None]:
     """Turns what the storage layer raises for a full or unwritable disk into a UserError."""
     try:
         yield

@@ -2,9 +2,8 @@
 
 import os
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from traceback import format_exception
+from types import TracebackType
 
 import jax
 import jax.numpy as jnp
@@ -47,20 +46,23 @@ def start(heartbeat_seconds: int) -> None:
         ) from error
 
 
-@contextmanager
-def joined(heartbeat_seconds: int) -> Iterator[None]:
+class Joined:
     """Joins the other processes, as `start`; what goes wrong in here ends this process at once, with its message.
 
     An orderly end would wait for the others, who wait for this one in the middle of a step.
     """
-    start(heartbeat_seconds)
-    try:
-        yield
-    except Stopped:  # all of them stop together
-        raise
-    except BaseException as error:
+
+    def __init__(self, heartbeat_seconds: int):
+        self._heartbeat = heartbeat_seconds
+
+    def __enter__(self) -> None:
+        start(self._heartbeat)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None or isinstance(error, Stopped):  # all of them stop together
+            return
         mine = isinstance(error, UserError)
-        print(f"error: {error}" if mine else traceback.format_exc(), file=sys.stderr, flush=True)
+        print(f"error: {error}" if mine else "".join(format_exception(error)), file=sys.stderr, flush=True)
         os._exit(2 if mine else 1)
 
 

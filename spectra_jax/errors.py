@@ -13,7 +13,7 @@ class Stopped(Exception):
 
 
 def one_of(value: str, allowed: Iterable[str], key: str) -> str:
-    """`value`, if it is one of the names that `config.KEY` may take.
+    """`value`, if it is one of the names that `key` may take.
 
     Raises:
       UserError: it is not; the message lists the names, and the nearest of them.
@@ -22,5 +22,5 @@ def one_of(value: str, allowed: Iterable[str], key: str) -> str:
     if value not in allowed:
         near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.3)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"config.{key}={value!r} is not one of {', '.join(allowed)}{hint}")
+        raise UserError(f"{key}={value!r} is not one of {', '.join(allowed)}{hint}")
     return value

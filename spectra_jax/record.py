@@ -47,8 +47,8 @@ class Record:
             (folder / FILE).write_text(json.dumps(_seal({**self._content, "arrays": arrays})))
 
     async def load(self, directory: Any) -> Awaitable[None]:
-        """Never called: a record is read by `read`, without Orbax."""
-        raise NotImplementedError
+        """Orbax asks for it and never calls it."""
+        raise TypeError("a record is read by `read`, without Orbax")
 
 
 def read(folder: Path) -> dict[str, Any]:

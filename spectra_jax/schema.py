@@ -209,9 +209,9 @@ def check(config: Config) -> Config:
             value = getattr(getattr(config, section), name)
             _require(value >= 1, f"config.{section}.{name}={value} must be at least 1")
     _check_ranges(config)
-    one_of(m.compute_dtype, ("auto", "float32", "bfloat16"), "model.compute_dtype")
-    one_of(s.shape, ("cosine", "linear"), "schedule.shape")
-    one_of(s.lowering, ("jump", "continuous"), "schedule.lowering")
+    one_of(m.compute_dtype, ("auto", "float32", "bfloat16"), "config.model.compute_dtype")
+    one_of(s.shape, ("cosine", "linear"), "config.schedule.shape")
+    one_of(s.lowering, ("jump", "continuous"), "config.schedule.lowering")
     _require(m.H % 2 == 0, f"config.model.H={m.H} must be even: rotary embeddings turn pairs of dimensions")
     _require(m.N % m.K == 0, f"config.model.N={m.N} is not divisible by config.model.K={m.K} (query heads per kv head)")
     for name, size in (("F", m.F), ("N*H", m.N * m.H), ("K*H", m.K * m.H)):

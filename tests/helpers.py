@@ -20,7 +20,9 @@ from orbax.checkpoint import v1 as ocp
 
 from spectra_jax import config as configs
 from spectra_jax.data.prepare import prepare
+from spectra_jax.model.parameters import apply
 from spectra_jax.schema import Config
+from spectra_jax.serve.load import load
 from spectra_jax.sharding import make_mesh
 from spectra_jax.train.loop import train
 from spectra_jax.train.step import State, init_state
@@ -137,6 +139,13 @@ def state_on_disk(workdir: Path, step: int) -> dict:
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
         state[name] = jax.device_get(ocp.load(path, wanted, checkpointable_name=name))
     return state
+
+
+def logits(run: Path, tokens: np.ndarray) -> np.ndarray:
+    """What the newest checkpoint of a run predicts for these tokens (B, T), on one device."""
+    model = load(str(run), devices=jax.devices()[:1])
+    with jax.set_mesh(model.mesh):
+        return np.asarray(apply(model.graphdef, model.parameters)(jax.numpy.asarray(tokens)))
 
 
 def arguments(overrides: Sequence[str]) -> list[str]:

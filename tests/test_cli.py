@@ -53,7 +53,7 @@ def test_help_names_every_command(capsys):
         ([], "the following arguments are required: COMMAND; see spectra --help"),
         (["trian", "--config=x"], "unknown command 'trian'; did you mean train?"),
         (["evalaute"], "unknown command 'evalaute'; did you mean evaluate?"),
-        (["xyz"], "unknown command 'xyz'; the commands are train, sweep, prepare, "),
+        (["xyz"], "unknown command 'xyz'; the commands are train, sweep, quickstart, "),
         (["train"], "the following arguments are required: --config, --workdir; see spectra train --help"),
         (["train", "--confg=x"], "unknown argument '--confg=x'; did you mean --config?"),
         (["train", "--config=x", "--workdir=y", "z"], "unknown argument 'z'; see spectra train --help"),

@@ -22,6 +22,7 @@ ALLOWED = {
     "errors": set(),
     "hardware": {"errors"},
     "progress": {"errors"},
+    "parser": {"errors"},
     "metrics": {"errors"},
     "timer": set(),
     "schema": {"errors"},

@@ -33,9 +33,12 @@ def open_file(path: Path, tokenizer: str | None = None) -> Source:
     """
     try:
         reader = GGUFReader(path)
-        text = Path(tokenizer).read_text("utf-8") if tokenizer else None
     except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"cannot read {tokenizer if path.is_file() and tokenizer else path}: {error}") from error
+        raise UserError(f"cannot read {path}: {error}; download it again") from error
+    try:
+        text = Path(tokenizer).read_text("utf-8") if tokenizer else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {tokenizer}: {error}") from error
     fields = {name: field.contents() for name, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     m = model_of(fields, tied="output.weight" not in tensors)
@@ -101,9 +104,8 @@ class Rows:
         rows = np.arange(self.get_shape()[0])
         if self.heads:
             rows = rows.reshape(self.heads, -1, 2).swapaxes(1, 2).ravel()
-        return dequantize(self.tensor.data[rows[index[0]]], self.tensor.tensor_type)[:, *index[1:]] if index[1:] else (
-            dequantize(self.tensor.data, self.tensor.tensor_type)[index[0]]
-        )
+        read = dequantize(self.tensor.data[rows[index[0]]], self.tensor.tensor_type)
+        return read[(slice(None), *index[1:])]
 
 
 def tokenizer_of(fields: Mapping[str, Any]) -> Tokenizer:

@@ -34,7 +34,7 @@ def export(checkpoint: str, out: Path | str, *, dtype: str = "float32") -> Path:
     Raises:
       UserError: no such checkpoint, a family that Llama's code cannot run, or `out` is there already.
     """
-    one_of(dtype, DTYPES, "dtype")
+    one_of(dtype, DTYPES, "--dtype")
     out = Path(out)
     if out.exists():
         raise UserError(f"{out} exists; an export never replaces anything: name another --out, or remove it")

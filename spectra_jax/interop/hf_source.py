@@ -22,7 +22,7 @@ def open_folder(folder: Path, files: ExitStack, tokenizer: str | None = None) ->
     theirs = _read_json(folder / "config.json")
     return Source(
         name=folder.name, model=model_of(theirs), context=theirs.get("max_position_embeddings", 2048),
-        tokens=theirs.get("spectra_jax", {}).get("tokens"), 
+        tokens=theirs.get("spectra_jax", {}).get("tokens"),
         tokenizer=json.dumps(_read_json(Path(tokenizer) if tokenizer else folder / "tokenizer.json")),
         tensor=_open(folder, files),
     )

@@ -52,7 +52,7 @@ def import_model(
         codes, or `out` exists.
     """
     path, out = Path(path), Path(out)
-    one_of(weight, FAMILIES, "weight")
+    one_of(weight, FAMILIES, "--weight")
     if out.exists():
         raise UserError(f"{out} exists; an import never replaces anything: name another --out, or remove it")
     with ExitStack() as files:
@@ -96,7 +96,7 @@ def _read_parameters(m: Model, source: Source, like: PyTree) -> PyTree:
         for name, each in zip(names, slices):
             found = tuple(each.get_shape())
             if found != (shape[::-1] if transposed else shape):
-                raise UserError(f"{name} is {found}; config.json makes it {shape[::-1] if transposed else shape}")
+                raise UserError(f"{name} is {found}; the model's shape makes it {shape[::-1] if transposed else shape}")
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
             chosen, inner = (slices[index[0]], index[1:]) if stacked else (slices, index)

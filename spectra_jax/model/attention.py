@@ -66,4 +66,4 @@ def get_attention(name: str) -> Callable:
     Raises:
       UserError: there is none; the message names the nearest.
     """
-    return ATTENTION[one_of(name, ATTENTION, "model.attention")]
+    return ATTENTION[one_of(name, ATTENTION, "config.model.attention")]

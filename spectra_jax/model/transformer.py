@@ -112,7 +112,7 @@ class Transformer(nnx.Module):
         Raises:
           UserError: an unknown weight rule, attention or remat policy.
         """
-        one_of(m.remat, REMAT, "model.remat"), get_attention(m.attention)
+        one_of(m.remat, REMAT, "config.model.remat"), get_attention(m.attention)
         self.m, self.rules = m, rules
         init = jax.nn.initializers.normal(m.init_std)
         self.embedding = nnx.Param(

@@ -125,6 +125,7 @@ class Run:
     def __post_init__(self):
         config, paths = self.config, [path for path, _ in self.config.mixture]
         self.timer = Timer()
+        self.origin = make_record(configs.to_dict(config), 0, self.loader.fingerprint)  # once: it asks git
         self.vote = Vote(self.mesh)
         self.sharding = batch_sharding(self.mesh)
         self.interventions = interventions(config)
@@ -268,11 +269,9 @@ class Run:
 
     def save(self, done: int, state: State, *, full: bool) -> None:
         """Starts to save the state after step `done`."""
-        record = make_record(
-            configs.to_dict(self.config), done * self.config.tokens_per_step, self.loader.fingerprint
-        )
         with self.timer.phase("checkpoint"):
             self.writer.flush()
+            record = {**self.origin, "tokens": done * self.config.tokens_per_step}
             self.checkpoints.save(done, state, record, full=full)
 
     def describe(self, workdir: Path, start: int) -> str:

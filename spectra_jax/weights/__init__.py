@@ -19,4 +19,4 @@ def get_rule(name: str) -> Rule:
     Raises:
       UserError: there is none; the message names the nearest.
     """
-    return RULES[one_of(name, RULES, "model.weight")]
+    return RULES[one_of(name, RULES, "config.model.weight")]

@@ -1,4 +1,6 @@
-"""Batches are a pure function of (sets, seed, step); every damaged input is named."""
+"""Batches are a pure function of (sets, seed, step); mixtures, prefetching, devices. For any split of the work see
+test_loader_properties.py; for sets that cannot be used, test_bad_sets.py.
+"""
 
 import hashlib
 import json
@@ -11,7 +13,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import grain
 import jax
 import numpy as np
 import pytest
@@ -91,33 +92,12 @@ def test_batches_are_int32_records_whatever_was_read_before(sets):
     assert np.array_equal(load(sets[:1]).batch_at(40), late)
 
 
-def test_rows_do_not_depend_on_the_batch_size(sets):
-    assert len({tuple(order(load(sets, B=rows), 120)) for rows in (1, 4, 30)}) == 1
-
-
-def test_one_and_four_processes_read_the_same_batches(sets):
-    loaders = [load(sets, weights=[1, 2, 3], B=8) for _ in range(4)]
-    for step in (0, 5, 31):
-        parts = [p.batch_at(step, slice(2 * i, 2 * i + 2)) for i, p in enumerate(loaders)]
-        assert np.array_equal(np.concatenate(parts), loaders[0].batch_at(step))
-
-
 @settings(max_examples=60, deadline=None)
 @given(step=st.integers(0, 10**6), rows=st.lists(st.integers(0, B - 1), max_size=6),
        seed=st.integers(0, 2**40))
 def test_any_rows_of_any_step(sets, step, rows, seed):
     loader = load(sets[:2], weights=[2, 1], seed=seed)
     assert np.array_equal(loader.batch_at(step, np.array(rows, int)), loader.batch_at(step)[rows])
-
-
-@settings(max_examples=12, deadline=None)
-@given(cuts=st.lists(st.integers(0, 20), max_size=3), seed=st.integers(0, 9))
-def test_resuming_anywhere_continues_the_same_stream(sets, cuts, seed):
-    edges = [0, *sorted(cuts), 20]
-    resumed = [batch for start, stop in zip(edges, edges[1:])
-               for batch in load(sets, seed=seed).batches(start, stop)]
-    whole = load(sets, seed=seed)
-    assert np.array_equal(resumed, [whole.batch_at(step) for step in range(20)])
 
 
 def test_every_epoch_holds_every_record_once_and_in_another_order(sets):
@@ -341,140 +321,3 @@ def test_two_real_processes_read_only_their_rows(sets, tmp_path, free_port):
         for part, shards in zip(mine, result["shards"], strict=True):
             assert len(shards) == 2  # the two devices of the model axis hold the same rows
             assert all(start == 4 * rank and data == part.tolist() for start, data in shards)
-
-
-# Bad input
-
-def damage(path: Path, edit) -> None:
-    data = bytearray(path.read_bytes())
-    path.write_bytes(edit(data))
-
-
-@pytest.fixture
-def one(tmp_path) -> Path:
-    return make_set(tmp_path / "one")
-
-
-def test_missing_folder_and_missing_manifest(tmp_path, one):
-    with pytest.raises(UserError, match="nowhere"):
-        load([tmp_path / "nowhere"])
-    (one / "manifest.json").unlink()
-    with pytest.raises(UserError, match="manifest.json"):
-        load([one])
-
-
-def test_other_context_length(one):
-    with pytest.raises(UserError, match=r"T=8 .*T=16; prepare it again with --context=16"):
-        load([one], T=16)
-
-
-def test_vocabulary_larger_than_the_models(one):
-    with pytest.raises(UserError, match="vocabulary of 1000, the model has V=512"):
-        load([one], V=512)
-
-
-def test_mixture_of_two_tokenizers(tmp_path, one):
-    other = make_set(tmp_path / "other", 1, tokenizer="b")
-    with pytest.raises(UserError, match="one.*other.*different tokenizers"):
-        load([one, other])
-
-
-def test_the_same_set_twice(one):
-    with pytest.raises(UserError, match="hold the same data"):
-        load([one, one])
-
-
-@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
-def test_weights_that_are_no_shares(tmp_path, one, weight):
-    other = make_set(tmp_path / "other", 1)
-    with pytest.raises(UserError, match="weights.*positive"):
-        load([one, other], weights=[1.0, weight])
-
-
-def test_no_sets_and_no_rows(one):
-    with pytest.raises(UserError, match="0 prepared sets"):
-        Loader([], split="train", T=T, B=B, V=V, seed=0)
-    with pytest.raises(UserError, match="batch of 0 rows"):
-        load([one], B=0)
-
-
-@pytest.mark.parametrize("split", ["validation", "test"])
-def test_empty_or_unknown_split(tmp_path, split):
-    folder = make_set(tmp_path / "set", validation=())
-    with pytest.raises(UserError, match=f"split '{split}' holds no records.*'train': 23"):
-        load([folder], split=split)
-
-
-def test_missing_shard(one):
-    (one / "train-00001.arrayrecord").unlink()
-    with pytest.raises(UserError, match="train-00001.arrayrecord is missing.*5 records"):
-        load([one])
-    load([one], split="validation")
-
-
-@pytest.mark.parametrize("keep", [0, 1000, 65536, -1])
-def test_truncated_shard(one, keep):
-    damage(one / "train-00002.arrayrecord", lambda data: data[:keep])
-    with pytest.raises(UserError, match="train-00002.arrayrecord.*truncated"):
-        load([one])
-
-
-def test_wrong_record_count(one):
-    write_shard(one / "train-00000.arrayrecord", [[0] * (T + 1)] * 6)
-    with pytest.raises(UserError, match="train-00000.arrayrecord holds 6 records.*states 7"):
-        load([one])
-
-
-def corrupt_record(folder: Path, shard: str, position: int) -> None:
-    """Flip one bit that a read of exactly this record trips over, found by trying."""
-    path = folder / shard
-    good = path.read_bytes()
-    for at in range(len(good)):
-        path.write_bytes(good[:at] + bytes([good[at] ^ 16]) + good[at + 1:])
-        try:
-            source = grain.sources.ArrayRecordDataSource([str(path)])
-        except RuntimeError:
-            continue
-        failing = []
-        for i in range(len(source)):
-            try:
-                source[i]
-            except RuntimeError:
-                failing.append(i)
-        if failing == [position]:
-            return
-    raise AssertionError("no such bit")
-
-
-def test_corrupt_record_is_named_when_it_is_read(one):
-    corrupt_record(one, "train-00001.arrayrecord", 2)  # record 9 of the split
-    loader = load([one])
-    step = order(load([make_set(one.parent / "good")]), 23).index(9) // B
-    with loader.batches(0, 6) as batches:
-        for _ in range(step):
-            next(batches)
-        with pytest.raises(UserError, match="record 2 of .*train-00001.arrayrecord is corrupt"):
-            next(batches)
-    with pytest.raises(UserError, match="train-00001.arrayrecord has sha256"):
-        loader.verify()
-
-
-def test_verify_finds_what_reading_cannot(one):
-    loader = load([one])
-    loader.verify()
-    damage(one / "train-00000.arrayrecord", lambda data: data[:30000] + b"\1" + data[30001:])
-    load([one]).records(0, 23)  # the byte lies in the padding of the file
-    with pytest.raises(UserError, match="train-00000.arrayrecord has sha256"):
-        loader.verify()
-
-
-def test_token_beyond_the_vocabulary(tmp_path):
-    folder = make_set(tmp_path / "set", tokens=[0, 1, 2, V, 4, 5, 6, 7, 8])
-    with pytest.raises(UserError, match="record 0 of .*train-00000.* token id 1000,.*ends at 999"):
-        load([folder]).records(0, 1)
-
-
-def test_record_of_another_length(tmp_path):
-    folder = make_set(tmp_path / "set", tokens=[0, 1, 2])
-    with pytest.raises(UserError, match=r"record 0 of .* has 6 bytes, T \+ 1 = 9 tokens.* make 18"):
-        load([folder]).records(0, 1)

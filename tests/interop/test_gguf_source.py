@@ -9,19 +9,17 @@ import zipfile
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter, TokenType, quantize
-from helpers import ROOT, data, texts
+from helpers import ROOT, data, logits, texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spectra_jax.data import tokenizer as tokenizers
 from spectra_jax.errors import UserError
 from spectra_jax.interop.importing import import_model
-from spectra_jax.model.parameters import apply
 from spectra_jax.serve.load import load
 
 D, F, N, K, H, V = 256, 256, 4, 2, 64, 304
@@ -59,12 +57,6 @@ def write(path: Path, kind: Type, *, tied: bool = False, pre: str = "gpt-2", ter
         add(f"blk.0.{name}.weight", *shape, **({"kind": Type.F32} if len(shape) == 1 else {}))
     file.write_header_to_file(), file.write_kv_data_to_file(), file.write_tensors_to_file(), file.close()
     return path
-
-
-def logits(run: Path, tokens: np.ndarray) -> np.ndarray:
-    model = load(str(run), devices=jax.devices()[:1])
-    with jax.set_mesh(model.mesh):
-        return np.asarray(apply(model.graphdef, model.parameters)(jnp.asarray(tokens)))
 
 
 def expected(path: Path, tokens: np.ndarray) -> np.ndarray:

@@ -5,17 +5,15 @@ import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import TERNARY, data, same_bits, spectra, trained
+from helpers import TERNARY, data, logits, same_bits, spectra, trained
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from spectra_jax.errors import UserError
 from spectra_jax.interop import hf
 from spectra_jax.interop.importing import import_model
-from spectra_jax.model.parameters import apply
 from spectra_jax.serve.load import load
 from spectra_jax.verify import verify
 
@@ -36,12 +34,6 @@ def folder_of(path: Path, *, dtype: torch.dtype = torch.float32, parts: str = "5
     LlamaForCausalLM(LlamaConfig(**SHAPE | settings)).to(dtype).save_pretrained(path, max_shard_size=parts)
     shutil.copy(data() / "tokenizer.json", path)
     return path
-
-
-def logits(run: Path, tokens: np.ndarray) -> np.ndarray:
-    model = load(str(run), devices=jax.devices()[:1])
-    with jax.set_mesh(model.mesh):
-        return np.asarray(apply(model.graphdef, model.parameters)(jnp.asarray(tokens)))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -105,7 +97,7 @@ def test_what_is_not_ternary_is_refused(tmp_path):
         ({"model_type": "gpt2"}, "model_type='gpt2' .only 'llama' is known"),
         ({"attention_bias": True, "hidden_act": "gelu"}, "hidden_act='gelu' .*, attention_bias=True"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "rope_type='llama3'"),
-        ({"intermediate_size": 64}, r"mlp.gate_proj.weight is .48, 32.; config.json makes it .64, 32."),
+        ({"intermediate_size": 64}, r"mlp.gate_proj.weight is .48, 32.; the model's shape makes it .64, 32."),
         ({"num_hidden_layers": 4}, "has no tensor model.layers.3.input_layernorm.weight"),
         ({"hidden_size": None}, "config.json has no 'hidden_size'"),
     ],
