@@ -33,8 +33,9 @@ from contender import Contender
 
 from spectra_jax import config as configs
 from spectra_jax import suite
+from spectra_jax.checks import check
 from spectra_jax.errors import UserError
-from spectra_jax.schema import Config, Data, Model, Schedule, Train, check
+from spectra_jax.schema import Config, Data, Model, Schedule, Train
 
 # The first one that takes part is what the others are compared with.
 CONTENDERS = ("torch-compile", "torch-eager", "float", "float-remat", "tri", "tri-remat")

@@ -80,7 +80,19 @@ def prepare(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     from spectra_jax.evaluate.report import evaluate_checkpoint
 
-    print(evaluate_checkpoint(args.checkpoint, args.sets, args.split, args.sequences))
+    print(evaluate_checkpoint(
+        args.checkpoint, args.sets, args.split, args.sequences, texts=args.texts, context=args.context,
+        stride=args.stride, text_key=args.text_key, tasks=args.tasks, limit=args.limit,
+    ))
+
+
+def harness(args: argparse.Namespace) -> None:
+    from spectra_jax.evaluate.harness import evaluate_harness
+
+    print(evaluate_harness(
+        args.checkpoint, args.tasks.split(","), include=args.include, limit=args.limit, shots=args.shots, out=args.out,
+        beside=args.beside,
+    ))
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -104,10 +116,28 @@ def import_(args: argparse.Namespace) -> None:
     ))
 
 
+def quantize(args: argparse.Namespace) -> None:
+    from spectra_jax import config
+    from spectra_jax.quantize.pipeline import quantize
+
+    if others := [text for text in args.overrides if not text.startswith(("quantize.", "name="))]:
+        raise UserError(f"--config.{others[0]}: model and data are the checkpoint's; config.quantize.* and config.name "
+                        "are what can be set here")
+    print(quantize(args.checkpoint, config.load(args.config, args.overrides), args.out))
+
+
 def export(args: argparse.Namespace) -> None:
     from spectra_jax.interop import hf
 
     print(hf.export(args.checkpoint, args.out, dtype=args.dtype))
+
+
+def compare(args: argparse.Namespace) -> None:
+    from spectra_jax.compare import compare
+
+    print(compare(
+        args.checkpoints, args.out, sets=args.sets, texts=args.texts, context=args.context, stride=args.stride
+    ))
 
 
 def plot(args: argparse.Namespace) -> None:
@@ -144,7 +174,8 @@ def quickstart(args: argparse.Namespace) -> None:
 COMMANDS = {
     function.__name__.rstrip("_"): function
     for function in (
-        train, sweep, quickstart, prepare, import_, evaluate, generate, export, plot, checkpoints, verify, suite
+        train, sweep, quickstart, prepare, import_, quantize, evaluate, harness, compare, generate, export, plot,
+        checkpoints, verify, suite,
     )
 }
 

@@ -18,8 +18,9 @@ from types import GenericAlias
 import ml_collections
 
 from spectra_jax import suite
+from spectra_jax.checks import check
 from spectra_jax.errors import UserError
-from spectra_jax.schema import Config, check
+from spectra_jax.schema import Config
 
 
 def default() -> ml_collections.ConfigDict:

@@ -75,7 +75,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
 
 def _making_models(add: Callable) -> None:
-    """train, sweep, quickstart, prepare, import."""
+    """train, sweep, quickstart, prepare, import, quantize."""
     overrides = (
         "Any value of the config is changed by --config.SECTION.KEY=VALUE, for example --config.train.steps=100\n"
         "--config.data.batch=64 --config.mesh.model=2; a wrong key is answered with the nearest known one.\n"
@@ -128,14 +128,47 @@ def _making_models(add: Callable) -> None:
     arg("--scale-shards", type=int, default=1, help="scales per quantized matrix (default %(default)s)")
     arg("--tokenizer", default=None, metavar="FILE", help="a tokenizer.json in place of the model's own")
 
+    arg = add(
+        "quantize", "Make a quantized run of a float one: evaluate, generate and export take it.",
+        "The presets are in configs/quantlm.py. Killed? The same command goes on after the last finished layer.\n\n"
+        "Example:\n  spectra quantize --checkpoint=runs/flt --config=configs/quantlm.py:3bit --out=runs/flt-3bit",
+        True,
+    )
+    arg("--checkpoint", required=True, metavar="WORKDIR[@STEP]", help="a float run, by default its newest checkpoint")
+    arg("--config", required=True, metavar="FILE.py[:ARG]", help="config file and the argument of its get_config")
+    arg("--out", required=True, help="folder of the run to make; it must not exist")
+
+
 
 def _using_models(add: Callable) -> None:
-    """evaluate, generate, export."""
-    arg = add("evaluate", "Loss, perplexity and bits per byte of a checkpoint on prepared sets.")
+    """evaluate, harness, generate, export."""
+    arg = add(
+        "evaluate", "Perplexity of a checkpoint on prepared sets and texts; its answers to questions.",
+        "Example:\n  spectra evaluate --checkpoint=runs/tri --texts essays.txt --tasks agreement.jsonl --limit=100\n"
+        "The kinds of questions are described at the head of spectra_jax/evaluate/tasks.py.",
+    )
     arg("--checkpoint", required=True, metavar="WORKDIR[@STEP]", help="a run, by default its newest checkpoint")
     arg("--sets", nargs="*", default=None, help="prepared sets (default: those the model was trained on)")
     arg("--split", default="validation", help="split of the sets (default %(default)s)")
     arg("--sequences", type=int, default=None, help="at most so many sequences per set (default: all)")
+    arg("--texts", nargs="*", default=(), metavar="FILE", help="whole documents: .txt, .jsonl and what prepare reads")
+    arg("--text-key", default="text", help="field that holds the text (default %(default)s)")
+    arg("--context", type=int, default=None, help="tokens that a window of a text reads (default: the model's)")
+    arg("--stride", type=int, default=None, help="tokens from window to window (default: half the context)")
+    arg("--tasks", nargs="*", default=(), metavar="FILE.jsonl", help="questions answered by log-likelihood")
+    arg("--limit", type=int, default=None, help="at most so many items per task (default: all)")
+
+    arg = add(
+        "harness", "Run tasks of lm-evaluation-harness on a checkpoint.",
+        "Example:\n  spectra harness --checkpoint=runs/tri --tasks=paper --beside=TriLM-1.1B --out=tri.json",
+    )
+    arg("--checkpoint", required=True, metavar="WORKDIR[@STEP]", help="a run, by default its newest checkpoint")
+    arg("--tasks", required=True, metavar="A,B", help="names of tasks, or paper: the thirteen of Spectra, zero-shot")
+    arg("--include", default=None, metavar="FOLDER", help="tasks of your own: a folder of .yaml files")
+    arg("--limit", type=int, default=None, help="at most so many items per task (default: all)")
+    arg("--shots", type=int, default=None, help="examples in the prompt (default: the task's; 0 with paper)")
+    arg("--out", default=None, metavar="FILE.json", help="file for the results")
+    arg("--beside", default=None, metavar="MODEL", help="published results to print beside, such as TriLM-1.1B")
 
     arg = add("generate", "Complete a prompt.")
     arg("--checkpoint", required=True, metavar="WORKDIR[@STEP]", help="a run, by default its newest checkpoint")
@@ -153,7 +186,16 @@ def _using_models(add: Callable) -> None:
 
 
 def _looking_at_runs(add: Callable) -> None:
-    """plot, checkpoints, verify, suite."""
+    """compare, plot, checkpoints, verify, suite."""
+    arg = add("compare", "Quality against size in bits of any runs, as one table and one picture.",
+              "Example:\n  spectra compare runs/flt runs/flt-3bit runs/tri --sets data/web --out=bits.png")
+    arg("checkpoints", nargs="+", metavar="WORKDIR[@STEP]", help="runs, by default the newest checkpoint of each")
+    arg("--sets", nargs="*", default=(), help="one prepared set (default: the first that each model was trained on)")
+    arg("--texts", nargs="*", default=(), help="texts instead of a prepared set")
+    arg("--context", type=int, default=None, help="tokens that a window of a text reads (default: the model's)")
+    arg("--stride", type=int, default=None, help="tokens between windows (default: half the context)")
+    arg("--out", default=None, help=".png, .pdf or .svg for the picture (default: none)")
+
     arg = add("plot", "Draw the loss curves of runs over each other.")
     arg("workdirs", nargs="+", help="folders of runs")
     arg("--out", default="loss.png", help=".png, .pdf or .svg (default %(default)s)")

@@ -1,7 +1,8 @@
 """`spectra quickstart`: the main job in minutes on a CPU, on text that comes with the package.
 
 Tokenizes the shipped corpus with a small BPE of its own, trains a FloatLM and a TriLM of one shape on the same
-batches, evaluates both on held-out text, draws what happened and lets both complete a prompt.
+batches, quantizes the FloatLM to 8, 6, 4 and 3 bits, evaluates all on held-out text, draws what happened and lets the
+trained ones complete a prompt.
 """
 
 import json
@@ -11,19 +12,18 @@ import jax
 import numpy as np
 
 from spectra_jax import config as configs
-from spectra_jax import suite
 from spectra_jax.analysis.plots import bits_versus_loss, plot_runs, weight_histograms
+from spectra_jax.compare import row, table
 from spectra_jax.data import corpus
 from spectra_jax.data.prepare import prepare
 from spectra_jax.errors import UserError
 from spectra_jax.evaluate.report import evaluate_sets
 from spectra_jax.model.matrices import stacked_codes, stacked_statistics
-from spectra_jax.model.parameters import block_matrices, count
-from spectra_jax.progress import human
+from spectra_jax.model.parameters import block_matrices
+from spectra_jax.quantize.pipeline import quantize
 from spectra_jax.serve.generate import complete
 from spectra_jax.serve.load import Loaded, load
 from spectra_jax.train.loop import train
-from spectra_jax.weights import get_rule
 
 # Chosen for what minutes on two cores can learn: 4096 entries spell common words whole, so that even an early model
 # writes words and not syllables; 256 tokens hold a paragraph. A narrow model that sees a million tokens beat one of
@@ -81,11 +81,13 @@ def run(workdir: Path | str) -> list[dict]:
         print(f"{number}. training {family}", flush=True)
         train(configs.override(configs.from_config_dict(get_config(family)), [f"data.sets={data}"]), workdir / family)
         runs.append(workdir / family)
-    print("4. comparing on held-out text", flush=True)
+    print("4. quantizing FloatLM", flush=True)
+    quantlms = [quantized(workdir, bits) for bits in (8, 6, 4, 3)]
+    print("5. comparing on held-out text", flush=True)
     plot_runs(runs, workdir / "loss.png")
     device = jax.devices()[:1]
-    rows = [compare_row(load(str(folder), devices=device), data) for folder in runs]
-    bits_versus_loss(rows, workdir / "bits_versus_loss.png", accounting="paper bits")
+    rows = [compare_row(load(str(folder), devices=device), data) for folder in [runs[0], *quantlms, runs[1]]]
+    bits_versus_loss([{**row, "bits": row["stored_bits"]} for row in rows], workdir / "bits_versus_loss.png")
     latent = [load(str(folder), latent=True, devices=device) for folder in runs]
     draw_weights(*latent, workdir / "weights.png")
     (workdir / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -93,23 +95,25 @@ def run(workdir: Path | str) -> list[dict]:
     return rows
 
 
+def quantized(workdir: Path, bits: int) -> Path:
+    """The QuantLM of so many bits, as the Spectra paper makes them, on the text that the FloatLM was trained on."""
+    out, c = workdir / f"QuantLM-{bits}bit", configs.default()
+    c.family, c.name = "QuantLM", f"quickstart-quantlm-{bits}bit"
+    c.quantize.update(method="gptq", bits=bits, group=128 if bits < 6 else 0, samples=64)
+    if not out.exists():
+        quantize(str(workdir / "FloatLM"), configs.from_config_dict(c), out)
+    return out
+
+
 def compare_row(model: Loaded, data: Path) -> dict:
-    """Quality, size and completions of one model."""
+    """Quality, size and, of a model that was trained, completions."""
+    c = model.config
+    name = f"QuantLM {c.quantize.bits}-bit" if c.family == "QuantLM" else c.family
     quality = evaluate_sets(model, [str(data)])[str(data)]
-    parameters, family = count(model.config.model), model.config.family
-    return {
-        "name": family,
-        "family": family,
-        "parameters": parameters.total,
-        "bits": suite.size_in_bits(parameters, get_rule(model.config.model.weight).paper_bits),
-        "loss": quality.loss,
-        "loss_se": quality.loss_error,
-        "perplexity": quality.perplexity,
-        "bits_per_byte": quality.bits_per_byte,
-        "bits_per_byte_se": quality.bits_per_byte_error,
-        # Below the usual 0.8: a young model's unlikely tokens are mostly pieces that make no word.
-        "completions": [complete(model, prompt, new_tokens=48, temperature=0.5) for prompt in PROMPTS],
-    }
+    # Below the usual 0.8: a young model's unlikely tokens are mostly pieces that make no word.
+    asked = PROMPTS if c.family != "QuantLM" else ()
+    written = [complete(model, prompt, new_tokens=48, temperature=0.5) for prompt in asked]
+    return {**row(name, model, quality), "completions": written}
 
 
 def draw_weights(flt: Loaded, tri: Loaded, path: Path) -> None:
@@ -126,19 +130,10 @@ def draw_weights(flt: Loaded, tri: Loaded, path: Path) -> None:
 
 def report(rows: list[dict], workdir: Path) -> str:
     """The table, the completions and where the pictures are."""
-    lines = [
-        "",
-        f"{'model':<9} {'parameters':>11} {'paper bits':>11} {'loss':>17} {'perplexity':>11} {'bits/byte':>17}",
-    ]
+    lines = ["", table(rows)]
     for r in rows:
-        lines.append(
-            f"{r['name']:<9} {r['parameters']:>11,} {human(r['bits']):>11} "
-            f"{r['loss']:>8.4f} +- {r['loss_se']:.4f} {r['perplexity']:>11.2f} "
-            f"{r['bits_per_byte']:>8.4f} +- {r['bits_per_byte_se']:.4f}"
-        )
-    lines.append("paper bits: block weights at 16 or 1.58 bits, embeddings at 16, as in the Spectra paper's Table 4")
-    for r in rows:
-        lines += ["", f"{r['name']} writes:"] + [f"  {text}" for text in r["completions"]]
+        if r["completions"]:
+            lines += ["", f"{r['name']} writes:"] + [f"  {text}" for text in r["completions"]]
     pictures = ("loss.png", "bits_versus_loss.png", "weights.png")
     return "\n".join([*lines, "", "pictures: " + ", ".join(str(workdir / name) for name in pictures)])
 

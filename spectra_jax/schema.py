@@ -1,12 +1,11 @@
-"""What a run is: frozen dataclasses with every setting, the numbers derived from them, and the rules they obey.
+"""What a run is: frozen dataclasses with every setting, and the numbers derived from them.
 
 A value that the papers do not state has a comment that says so: it is an assumption of ours, open to change.
 """
 
-from dataclasses import dataclass, field, fields, is_dataclass
-from math import isfinite
+from dataclasses import dataclass, field
 
-from spectra_jax.errors import UserError, one_of
+from spectra_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -133,6 +132,36 @@ class Metrics:
 
 
 @dataclass(frozen=True)
+class Quantize:
+    """How a trained float model is quantized (`spectra quantize`). Which values a method reads stands in its file."""
+
+    method: str = "none"  # gptq, rtn, ...: the names in spectra_jax/quantize/methods.py
+    bits: int = 4  # 2 to 8
+    grid: str = "gptq"  # where the levels lie: the names in quantize/grids.py; of a block-wise type, in blockwise.py
+    group: int = 128  # inputs that share a scale; 0: all of an output
+    alpha: float = 0.5  # SmoothQuant: how much of the activations' range moves into weights; 0.85 for Llama 2 and 3
+    mse: bool = False  # search for the range with the smallest error instead of taking the largest magnitude
+    scale_dtype: str = "float16"  # scales are rounded to it before codes are taken
+    # Calibration. Empty sets: those that the model was trained on. 512 x 2048 tokens is the Spectra paper's (A.1).
+    sets: tuple[str, ...] = ()
+    samples: int = 512
+    seed: int = 0  # of the choice of samples
+    batch: int = 8  # samples that run at once
+    # Second-order methods. None of these is stated in the paper; they are the defaults of GPTQ's reference.
+    damp: float = 0.01  # of the mean of the Hessian's diagonal
+    block: int = 128  # inputs between two updates of all that follows
+    act_order: bool = False  # inputs with the largest diagonal first
+    static_groups: bool = False  # levels of groups before any update
+    true_sequential: bool = False  # q, k, v; then o; then gate and up; then down, each seeing those before it quantized
+    float64: bool = False  # the solver alone, on the host
+    # Pruning and partial binarization: sparsegpt.py, billm.py, pbllm.py.
+    sparsity: float = 0.5  # the share of weights that go
+    pattern: str = ""  # instead of a share, "2:4": of every 4 inputs in a row, 2 go
+    saliency: str = "hessian"  # what makes a weight salient; or "magnitude"
+    salient: float = 0.1  # the share of weights that PB-LLM stores in `bits` bits; the others are signs
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that decides a run."""
 
@@ -148,6 +177,7 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluate: Evaluate = field(default_factory=Evaluate)
     metrics: Metrics = field(default_factory=Metrics)
+    quantize: Quantize = field(default_factory=Quantize)
 
     @property
     def tokens_per_step(self) -> int:
@@ -171,10 +201,15 @@ class Config:
     @property
     def mixture(self) -> tuple[tuple[str, float], ...]:
         """The prepared sets with their weights."""
-        return tuple(_parse_set(text) for text in self.data.sets)
+        return tuple(parse_set(text) for text in self.data.sets)
 
 
-def _parse_set(text: str) -> tuple[str, float]:
+def parse_set(text: str) -> tuple[str, float]:
+    """PATH or PATH=WEIGHT.
+
+    Raises:
+      UserError: WEIGHT is no number.
+    """
     path, equals, weight = text.rpartition("=")
     if not equals:
         return text, 1.0
@@ -184,79 +219,3 @@ def _parse_set(text: str) -> tuple[str, float]:
         raise UserError(
             f"config.data.sets: {text!r} is not PATH or PATH=WEIGHT; {weight!r} is not a number"
         ) from None
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def check(config: Config) -> Config:
-    """Returns `config` if every rule that needs no devices holds.
-
-    Raises:
-      UserError: with the numbers, the rule and a value that would do.
-    """
-    m, d, t, s, o = config.model, config.data, config.train, config.schedule, config.optimizer
-    for section, names in (
-        ("model", ("V", "D", "F", "L", "N", "K", "H", "scale_shards", "attention_blocks", "unroll")),
-        ("data", ("T", "batch", "read_threads")),
-        ("train", ("accumulate", "loss_chunks", "max_skipped", "skip_window", "heartbeat_seconds")),
-        ("checkpoint", ("every_steps", "keep")),
-        ("metrics", ("every_steps",)),
-    ):
-        for name in names:
-            value = getattr(getattr(config, section), name)
-            _require(value >= 1, f"config.{section}.{name}={value} must be at least 1")
-    _check_ranges(config)
-    one_of(m.compute_dtype, ("auto", "float32", "bfloat16"), "config.model.compute_dtype")
-    one_of(s.shape, ("cosine", "linear"), "config.schedule.shape")
-    one_of(s.lowering, ("jump", "continuous"), "config.schedule.lowering")
-    _require(m.H % 2 == 0, f"config.model.H={m.H} must be even: rotary embeddings turn pairs of dimensions")
-    _require(m.N % m.K == 0, f"config.model.N={m.N} is not divisible by config.model.K={m.K} (query heads per kv head)")
-    for name, size in (("F", m.F), ("N*H", m.N * m.H), ("K*H", m.K * m.H)):
-        _require(
-            size % m.scale_shards == 0,
-            f"{name}={size} is not divisible by config.model.scale_shards={m.scale_shards}; a shard is a whole "
-            f"number of rows or columns: use {_nearest_divisor(size, m.scale_shards)}",
-        )
-    _require(
-        d.batch % t.accumulate == 0,
-        f"config.data.batch={d.batch} is not divisible by config.train.accumulate={t.accumulate}; "
-        f"use {_nearest_divisor(d.batch, t.accumulate)} microbatches",
-    )
-    _require(
-        d.T % t.loss_chunks == 0,
-        f"config.data.T={d.T} is not divisible by config.train.loss_chunks={t.loss_chunks}; "
-        f"use {_nearest_divisor(d.T, t.loss_chunks)} chunks",
-    )
-    _require(t.steps + t.tokens > 0, f"config.train.steps={t.steps}, tokens={t.tokens}: nothing to train")
-    for name, value in (("b1", o.b1), ("b2", o.b2)):
-        _require(value < 1, f"config.optimizer.{name}={value} is a decay rate: at least 0, below 1")
-    _require(o.clip > 0, f"config.optimizer.clip={o.clip} must be positive; a large value never clips")
-    _require(bool(config.name), "config.name is empty; runs are told apart by their names")
-    _require(s.peak > 0, f"config.schedule.peak={s.peak} must be positive")
-    _require(0 <= s.final <= 1, f"config.schedule.final={s.final} is a fraction of the peak: between 0 and 1")
-    for name in ("lower_at", "remove_at"):
-        value = getattr(s, name)
-        _require(0 < value < 1, f"config.schedule.{name}={value} is a fraction of all steps: between 0 and 1")
-    for text in d.sets:
-        weight = _parse_set(text)[1]
-        _require(isfinite(weight) and weight > 0, f"config.data.sets: the weight in {text!r} must be positive")
-    return config
-
-
-def _check_ranges(config: Config) -> None:
-    """Numbers are finite, and none is negative but for the -1 of the mesh."""
-    for section in fields(config):
-        values = getattr(config, section.name)
-        named = {f.name: getattr(values, f.name) for f in fields(values)} if is_dataclass(values) else {"": values}
-        for name, value in named.items():
-            key = f"config.{section.name}{'.' if name else ''}{name}"
-            if isinstance(value, int | float) and section.name != "mesh":
-                _require(isfinite(value) and value >= 0, f"{key}={value} must be a finite number, not negative")
-
-
-def _nearest_divisor(size: int, wanted: int) -> int:
-    """The divisor of `size` nearest to `wanted`."""
-    return min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: abs(n - wanted))

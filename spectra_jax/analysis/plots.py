@@ -126,9 +126,10 @@ def bits_versus_loss(
 ) -> Figure:
     """Size against loss, one point per model, the models of a family joined by a line.
 
-    rows: each with "name" (str), "family" (str; QuantLM-3 and QuantLM-4 get a line each), "bits"
-    (of the whole model, in the `accounting` that the axis names), "loss" (validation, nats per
-    token) and optionally "loss_se" (its standard error, drawn as a bar).
+    rows: each with "name" (str; what it has beyond the family is written beside the point), "family"
+    (str; QuantLM-3 and QuantLM-4 get a line each), "bits" (of the whole model, in the `accounting`
+    that the axis names), "loss" (validation, nats per token) and optionally "loss_se" (its standard
+    error, drawn as a bar).
 
     Raises:
       UserError: no rows.
@@ -146,9 +147,11 @@ def bits_versus_loss(
                 markersize=5.5, linewidth=0.8, elinewidth=1.2, label=family, **look,
             )
         if len(rows) <= 12:  # more names than that would cover each other
-            for row in rows:
-                axes.annotate(row["name"], (row["bits"], row["loss"]), xytext=(5, 4),
-                              textcoords="offset points", fontsize=6.5, color="#333333")
+            for number, row in enumerate(sorted(rows, key=lambda row: row["bits"])):
+                # The legend names the family; above and below by turns, for sizes may lie close to each other.
+                axes.annotate(row["name"].removeprefix(row["family"]).strip(" -"), (row["bits"], row["loss"]),
+                              xytext=(4, 5 if number % 2 else -11), textcoords="offset points", fontsize=6.5,
+                              color="#333333")
         bits = [row["bits"] for row in rows]
         axes.set_xscale("log")
         axes.set_xlim(min(bits) / 1.35, max(bits) * 1.6)

@@ -124,6 +124,16 @@ def _without_last_newline(text: str) -> str:
 
 
 def json_documents(path: str, text_key: str, on_fraction: OnFraction) -> Iterator[str]:
+    for where, row in json_rows(path, f"an object with the key {text_key!r}", on_fraction):
+        if text_key not in row:
+            raise UserError(_no_key(where, text_key, row))
+        yield _text(row[text_key], where, text_key)
+
+
+def json_rows(
+    path: str, wanted: str, on_fraction: OnFraction = lambda fraction: None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(FILE: line N, object) of every line that is not blank; `wanted` says in errors what a line should hold."""
     for number, line in _lines(path, on_fraction):
         if line.isspace():
             continue
@@ -133,11 +143,8 @@ def json_documents(path: str, text_key: str, on_fraction: OnFraction) -> Iterato
         except ValueError as error:
             raise UserError(f"{where}: not JSON: {error}; each line holds one object") from error
         if not isinstance(row, dict):
-            raise UserError(f"{where}: a {type(row).__name__}, not an object with the key "
-                            f"{text_key!r}; each line holds one object")
-        if text_key not in row:
-            raise UserError(_no_key(where, text_key, row))
-        yield _text(row[text_key], where, text_key)
+            raise UserError(f"{where}: a {type(row).__name__}, not {wanted}; each line holds one object")
+        yield where, row
 
 
 def _no_key(where: str, text_key: str, keys: Iterable[str]) -> str:

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Int, UInt
 
 from spectra_jax.data.manifest import Manifest
 from spectra_jax.data.mixture import Interleave, proportions
+from spectra_jax.data.tokenizer import Tokenizer
 from spectra_jax.errors import UserError
 
 STREAM_FORMAT = 1  # raise it when the same sets and seed would give other batches
@@ -186,6 +187,13 @@ class Loader:
                 raise UserError(f"{seen[manifest.fingerprint]} and {folder} hold the same data; "
                                 "name the set once, with the sum of the weights")
             seen[manifest.fingerprint] = folder
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raises UserError if the sets were made with another tokenizer than a model's."""
+        used = self.manifests[0].tokenizer["sha256"]
+        if used != tokenizer.sha256:
+            raise UserError(f"{self.folders[0]} was tokenized with another tokenizer (sha256 {used[:12]}) than the "
+                            f"model's ({tokenizer.sha256[:12]}); prepare it with --tokenizer=WORKDIR/tokenizer.json")
 
     @property
     def fingerprint(self) -> str:

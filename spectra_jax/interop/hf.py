@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 
 import jax
@@ -18,11 +19,12 @@ from safetensors.numpy import save_file
 
 from spectra_jax.errors import UserError, one_of
 from spectra_jax.interop.llama import NORMS, THEIRS
+from spectra_jax.made import refuse_existing
 from spectra_jax.model.matrices import MATRICES
 from spectra_jax.schema import Model
 from spectra_jax.serve.load import Loaded, load
 from spectra_jax.weights import get_rule
-from spectra_jax.weights.frozen import Frozen
+from spectra_jax.weights.form import Form
 
 DTYPES = ("float32", "bfloat16", "float16")
 FILE_BYTES = 4 << 30  # tensors per file, as the hub likes them
@@ -36,8 +38,7 @@ def export(checkpoint: str, out: Path | str, *, dtype: str = "float32") -> Path:
     """
     one_of(dtype, DTYPES, "--dtype")
     out = Path(out)
-    if out.exists():
-        raise UserError(f"{out} exists; an export never replaces anything: name another --out, or remove it")
+    refuse_existing(out)
     # On one device of the host: over several, the sums behind the scales would be taken in another order.
     loaded = load(checkpoint, devices=jax.local_devices(backend="cpu")[:1])
     m = loaded.config.model
@@ -71,8 +72,8 @@ def tensors(m: Model, parameters: dict) -> Iterator[tuple[str, Array]]:
         for ours, theirs in NORMS.items():
             yield f"{prefix}{theirs}.weight", blocks[ours]["gain"][layer]
         for module, name in MATRICES:
-            w = blocks[module][name]["w"]
-            one = Frozen(w.codes[layer], w.scales[layer], w.axis).dequantize() if isinstance(w, Frozen) else w[layer]
+            one = jax.tree.map(itemgetter(layer), blocks[module][name]["w"])
+            one = one.dequantize() if isinstance(one, Form) else one
             yield f"{prefix}{THEIRS[module].format(name)}.weight", one.T  # theirs are (out, in)
     yield "model.norm.weight", parameters["norm"]["gain"]
     if not m.tie_embeddings:

@@ -5,7 +5,6 @@ as released TriLMs do, is taken apart exactly: its scale is the largest magnitud
 magnitude again, as training does, would shrink the scale by the share of zeros.)
 """
 
-import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -17,19 +16,20 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from spectra_jax import config as configs
-from spectra_jax.checkpoint import Checkpoints
+from spectra_jax.checks import check
 from spectra_jax.data.tokenizer import Tokenizer
 from spectra_jax.errors import UserError, one_of
 from spectra_jax.interop.gguf_source import open_file
 from spectra_jax.interop.hf_source import open_folder
 from spectra_jax.interop.llama import NORMS, THEIRS, Source
+from spectra_jax.made import refuse_existing, write_made
 from spectra_jax.model.matrices import MATRICES, shards_of
 from spectra_jax.model.parameters import init_parameters
 from spectra_jax.record import make_record
-from spectra_jax.schema import Config, Data, Model, Train, check
+from spectra_jax.schema import Config, Data, Model, Train
 from spectra_jax.sharding import make_mesh
 from spectra_jax.stored import abstract
-from spectra_jax.train.workdir import write_run
+from spectra_jax.weights import get_rule
 from spectra_jax.weights.frozen import Frozen, expand
 from spectra_jax.weights.rule import Shards
 
@@ -53,8 +53,7 @@ def import_model(
     """
     path, out = Path(path), Path(out)
     one_of(weight, FAMILIES, "--weight")
-    if out.exists():
-        raise UserError(f"{out} exists; an import never replaces anything: name another --out, or remove it")
+    refuse_existing(out)
     with ExitStack() as files:
         source = open_file(path, tokenizer) if path.suffix == ".gguf" else open_folder(path, files, tokenizer)
         Tokenizer(source.tokenizer, name=source.name)  # refuses what cannot be used
@@ -69,22 +68,9 @@ def import_model(
             parameters = _read_parameters(config.model, source, like)
             if weight != "float":
                 parameters = _recover(config.model, parameters)
-            _write(config, source, parameters, out)
+            content = make_record(configs.to_dict(config), source.tokens, "") | {"imported": source.name}
+            write_made(out, config, parameters, content, source.tokenizer)
     return out
-
-
-def _write(config: Config, source: Source, parameters: PyTree, out: Path) -> None:
-    """The run, which appears whole or not at all."""
-    content = make_record(configs.to_dict(config), source.tokens, "") | {"imported": source.name}
-    half = out.with_name(f".{out.name}.part")
-    shutil.rmtree(half, ignore_errors=True)
-    try:
-        write_run(half, config, fingerprint="", tokenizer=source.tokenizer)
-        with Checkpoints(half, config) as checkpoints:
-            checkpoints.save(0, {"parameters": parameters}, content)
-        half.rename(out)
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
 
 
 def _read_parameters(m: Model, source: Source, like: PyTree) -> PyTree:
@@ -126,15 +112,16 @@ def _read_parameters(m: Model, source: Source, like: PyTree) -> PyTree:
     return parameters
 
 
-@partial(jax.jit, static_argnums=1)
-def _codes_and_scales(w: Array, shards: Shards) -> tuple[Frozen, Array]:
+@partial(jax.jit, static_argnums=(1, 2))
+def _codes_and_scales(w: Array, shards: Shards, weight: str) -> tuple[Frozen, Array]:
     """Of stacked matrices, and how many weights of each layer are not scale times code."""
+    rule = get_rule(weight)
 
     def one(matrix: Array) -> tuple[Frozen, Array]:
         line = jnp.max(jnp.abs(matrix), axis=1 - shards.axis)
         scales = jnp.max(jax.sharding.reshard(line, jax.P()).reshape(shards.count, -1), axis=1)
         codes = jnp.round(matrix / expand(jnp.where(scales == 0, 1, scales), matrix.shape, shards.axis))
-        frozen = Frozen(codes.astype(jnp.int8), scales, shards.axis)
+        frozen = Frozen(codes.astype(jnp.int8), scales, shards.axis, rule.code_bits, rule.paper_bits)
         return frozen, jnp.sum(frozen.dequantize() != matrix)
 
     return jax.vmap(one)(w)
@@ -145,7 +132,7 @@ def _recover(m: Model, parameters: dict) -> dict:
     blocks = {name: dict(node) for name, node in parameters["blocks"].items()}
     for module, name in MATRICES:
         w = blocks[module][name]["w"]
-        frozen, wrong = _codes_and_scales(w, shards_of(m, (module, name)))
+        frozen, wrong = _codes_and_scales(w, shards_of(m, (module, name)), m.weight)
         zeros = jnp.sum(frozen.codes == 0, axis=(1, 2)) if m.weight == "binary" else 0
         wrong = np.asarray(wrong + zeros)
         if wrong.any():

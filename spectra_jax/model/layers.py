@@ -7,7 +7,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from spectra_jax.sharding import Rules
-from spectra_jax.weights.frozen import Frozen, matmul
+from spectra_jax.weights.form import Form
+from spectra_jax.weights.frozen import matmul
 from spectra_jax.weights.rule import Rule, Shards, Statistics
 
 
@@ -38,7 +39,7 @@ class Linear(nnx.Module):
     ) -> Float[Array, "B T n"]:
         """x times the effective matrix. `statistics` are those of a latent weight whose rule has scales."""
         w = self.w.get_value()
-        if not isinstance(w, Frozen):
+        if not isinstance(w, Form):
             w = self.rule.effective(w, statistics, self.shards)
         return matmul(self.rule.activation(x), w, out_sharding)
 

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from spectra_jax.schema import Model
 from spectra_jax.weights import get_rule
-from spectra_jax.weights.frozen import Frozen
+from spectra_jax.weights.form import Form
 from spectra_jax.weights.rule import Shards, Statistics
 
 # Module and name, with the axis that model-parallel shards cut (0: in, 1: out).
@@ -29,7 +29,7 @@ def shards_of(m: Model, key: Key) -> Shards:
     return Shards(m.scale_shards, MATRICES[key])
 
 
-def stacked_statistics(m: Model, ws: Mapping[Key, Array | Frozen]) -> dict[Key, Statistics | None]:
+def stacked_statistics(m: Model, ws: Mapping[Key, Array | Form]) -> dict[Key, Statistics | None]:
     """Statistics of every kind of matrix, stacked over layers: leaves (L, S).
 
     None where there is nothing to take: a rule without scales, or a frozen weight that holds them already.
@@ -43,7 +43,7 @@ def stacked_statistics(m: Model, ws: Mapping[Key, Array | Frozen]) -> dict[Key, 
 
     def take(*keys: Key) -> Statistics | None:
         group = [ws[key] for key in keys]
-        if any(isinstance(w, Frozen) for w in group):
+        if any(isinstance(w, Form) for w in group):
             return None
         group = jax.lax.stop_gradient(group)
         return jax.vmap(lambda *w: rule.statistics(w, shards_of(m, keys[0])))(*group)

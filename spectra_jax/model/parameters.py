@@ -15,7 +15,7 @@ from spectra_jax.schema import Model
 from spectra_jax.sharding import Rules
 from spectra_jax.suite import Parameters, count_parameters
 from spectra_jax.weights import get_rule
-from spectra_jax.weights.frozen import Frozen
+from spectra_jax.weights.form import Form
 
 
 def graphdef_of(m: Model, rules: Rules = Rules()) -> nnx.GraphDef:
@@ -41,13 +41,13 @@ def count(m: Model) -> Parameters:
     )
 
 
-def block_matrices(parameters: dict) -> dict[Key, Array | Frozen]:
+def block_matrices(parameters: dict) -> dict[Key, Array | Form]:
     """The stacked matrices (L, in, out) of every kind, latent or frozen."""
     return {(module, name): parameters["blocks"][module][name]["w"] for module, name in MATRICES}
 
 
 @partial(jax.jit, static_argnums=0)  # as training is: op by op, XLA rounds the last bit of the scales otherwise
-def _frozen_matrices(m: Model, ws: dict[Key, Array]) -> dict[Key, Frozen]:
+def _frozen_matrices(m: Model, ws: dict[Key, Array]) -> dict[Key, Form]:
     rule, statistics = get_rule(m.weight), stacked_statistics(m, ws)
     return {
         key: jax.vmap(partial(rule.freeze, shards=shards_of(m, key)))(w, statistics[key]) for key, w in ws.items()
@@ -61,7 +61,13 @@ def freeze(m: Model, parameters: dict) -> dict:
     """
     if not get_rule(m.weight).quantized:
         return parameters
-    blocks = {name: dict(node) for name, node in parameters["blocks"].items()}
-    for (module, name), w in _frozen_matrices(m, block_matrices(parameters)).items():
+    frozen = _frozen_matrices(m, block_matrices(parameters))
+    return {**parameters, "blocks": with_matrices(parameters["blocks"], frozen)}
+
+
+def with_matrices(blocks: dict, matrices: dict[Key, Array | Form]) -> dict:
+    """The parameters of blocks (or of one) with some matrices replaced."""
+    blocks = {name: dict(node) for name, node in blocks.items()}
+    for (module, name), w in matrices.items():
         blocks[module][name] = {"w": w}
-    return {**parameters, "blocks": blocks}
+    return blocks

@@ -4,6 +4,7 @@ Llama-shaped (Spectra, section 3.1): RMSNorm with gain, rotary embeddings, SwiGL
 default. Blocks are stacked along a leading axis L and run under `lax.scan`.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -53,7 +54,7 @@ class Attention(nnx.Module):
         m, (B, T, _) = self.m, x.shape
         joined, split = self.rules("batch", "time", "heads"), self.rules("batch", "time", "heads", None)
 
-        def heads(matrix: Linear, name: str, count: int) -> Array:
+        def heads(matrix: Callable[..., Array], name: str, count: int) -> Array:
             flat = matrix(x, joined, scales["attention", name])
             return jnp.reshape(flat, (B, T, count, m.H), out_sharding=split)
 
@@ -125,13 +126,15 @@ class Transformer(nnx.Module):
                 init(rngs.params(), (m.D, m.V), jnp.float32, out_sharding=rules("embed", "vocab"))
             )
 
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What the first block reads, in the compute dtype."""
+        # Rows are looked up in the table gathered over D: a lookup in a table sharded by D would move activations.
+        embedding = gathered(self.embedding[...].astype(compute_dtype(self.m)), self.rules("vocab", None))
+        return embedding.at[tokens].get(out_sharding=self.rules("batch", "time", "act"))
+
     def hidden(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The normalised states from which the head predicts, in the compute dtype."""
-        m = self.m
-        act = self.rules("batch", "time", "act")
-        # Rows are looked up in the table gathered over D: a lookup in a table sharded by D would move activations.
-        embedding = gathered(self.embedding[...].astype(compute_dtype(m)), self.rules("vocab", None))
-        x = embedding.at[tokens].get(out_sharding=act)
+        m, x = self.m, self.embed(tokens)
         tables = rotary_tables(tokens.shape[1], m.H, m.rope_base)
 
         def block(x: Array, layer: tuple[Block, Scales]) -> tuple[Array, None]:

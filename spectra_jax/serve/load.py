@@ -18,6 +18,7 @@ from spectra_jax.schema import Config, Mesh
 from spectra_jax.sharding import make_mesh
 from spectra_jax.stored import abstract, parse_checkpoint, record_of
 from spectra_jax.train.workdir import read_config
+from spectra_jax.weights.form import skeleton
 
 EVALUATION_BATCH = 8  # sequences per device: enough to be quick, small enough for any machine
 
@@ -56,15 +57,23 @@ def load(checkpoint: str, *, latent: bool = False, devices: Sequence[jax.Device]
     record = record_of(checkpoints.path(step))
     with jax.set_mesh(mesh):
         like = jax.eval_shape(partial(init_parameters, config.model), jax.random.key(0))
-        frozen = any(path.endswith(".codes") for path in record["arrays"]["parameters"])
-        if frozen and latent:
+        like, forms = abstract(like, mesh), record.get("forms")
+        if forms and latent:
             raise UserError(f"{checkpoint} holds codes and scales; there are no latent weights to load")
-        if frozen:
-            like = jax.eval_shape(partial(freeze, config.model), like)
-        parameters = checkpoints.restore_parameters(step, abstract(like, mesh))
-        if not (frozen or latent):
+        if forms:
+            like = skeleton(forms, record["arrays"]["parameters"], like, _part_of_form)
+        parameters = checkpoints.restore_parameters(step, like)
+        if not (forms or latent):
             parameters = freeze(config.model, parameters)
         graphdef = graphdef_of(config.model)
     checkpoints.close()
     tokenizer = tokenizers.load(str(workdir / "tokenizer.json"))
     return Loaded(config, mesh, graphdef, parameters, tokenizer, step, record)
+
+
+def _part_of_form(entry: list, matrix: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """What has the shape of the matrix is spread like it; the rest is small, and every device has it."""
+    dtype, shape, *_ = entry
+    everywhere = jax.sharding.NamedSharding(matrix.sharding.mesh, jax.P())
+    sharding = matrix.sharding if tuple(shape) == matrix.shape else everywhere
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

@@ -15,6 +15,7 @@ class Binary(Rule):
 
     name = "binary"
     paper_bits = 1.0
+    code_bits = 1
 
     def statistics(self, ws, shards):
         """The mean magnitude and the mean of each shard."""

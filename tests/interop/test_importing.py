@@ -119,5 +119,5 @@ def test_files_that_are_missing_or_damaged(tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="model.safetensors: .*; download it again"):
         import_model(folder, tmp_path / "run")
-    with pytest.raises(UserError, match="theirs exists; an import never replaces anything"):
+    with pytest.raises(UserError, match="theirs exists, and nothing that was made is ever replaced"):
         import_model(folder, folder)

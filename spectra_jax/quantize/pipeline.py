@@ -1,0 +1,199 @@
+"""A trained float model to a quantized run, layer by layer: calibrate, quantize, and go on with what that layer gives.
+
+Each layer is calibrated on the outputs of the quantized layers before it, so that errors are seen and not added up.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from operator import itemgetter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, PyTree
+
+from spectra_jax import config as configs
+from spectra_jax.data.loader import Loader
+from spectra_jax.errors import UserError
+from spectra_jax.made import refuse_existing, write_made
+from spectra_jax.model.matrices import MATRICES, Key
+from spectra_jax.model.parameters import apply, with_matrices
+from spectra_jax.progress import duration
+from spectra_jax.quantize.blocks import Blocks
+from spectra_jax.quantize.finished import Layers
+from spectra_jax.quantize.hessian import HIGHEST
+from spectra_jax.quantize.methods import Method, get_method
+from spectra_jax.record import make_record
+from spectra_jax.schema import Config, Quantize
+from spectra_jax.serve.load import Loaded, load
+from spectra_jax.sharding import AXES, batch_sharding, gathered
+from spectra_jax.stored import parse_checkpoint
+from spectra_jax.weights import get_rule
+from spectra_jax.weights.form import Form, size_in_bits
+
+# Matrices that are quantized at once; with `true_sequential`, one of these after the other.
+STAGES: tuple[tuple[Key, ...], ...] = (
+    (("attention", "q"), ("attention", "k"), ("attention", "v")), (("attention", "o"),),
+    (("mlp", "gate"), ("mlp", "up")), (("mlp", "down"),),
+)
+
+
+def quantize(checkpoint: str, config: Config, out: Path | str) -> Path:
+    """Makes the run `out` of a float checkpoint `WORKDIR[@STEP]`; after a kill the same call goes on.
+
+    Args:
+      config: its `quantize`, `family` and `name` are used; the rest is the checkpoint's.
+
+    Raises:
+      UserError: a model that is not float, calibration text that does not fit or does not suffice, settings that do
+        not divide, or `out` exists.
+    """
+    out, q, method = Path(out), config.quantize, get_method(config.quantize.method, config.quantize.grid)
+    refuse_existing(out)
+    source = load(checkpoint)
+    m = source.config.model
+    if get_rule(m.weight).quantized or source.record.get("forms"):
+        raise UserError(f"{checkpoint} is quantized already ({source.config.family}); quantize a float model")
+    made = replace(source.config, family=config.family, name=config.name, quantize=q)
+    calibrated = method.hessian or method.prepare is not None
+    with jax.set_mesh(source.mesh):
+        tokens, fingerprint = calibration(source, q) if calibrated else ([], "")
+        decides = {"quantize": asdict(q), "data": fingerprint, "of": source.record["arrays"]["parameters"]}
+        layers = Layers(out, decides)
+        blocks, errors = [], []
+        for parameters, found in _layers(source, q, tokens, layers):
+            blocks.append(parameters), errors.append(found)
+        stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *blocks)
+        parameters = {**source.parameters, "blocks": _placed(stacked, source.parameters["blocks"])}
+        stored, paper = size_in_bits(parameters)
+        content = make_record(configs.to_dict(made), source.record["tokens"], fingerprint) | {
+            "quantized": {"of": str(checkpoint), "step": source.step, "errors": errors,
+                          "stored_bits": stored, "paper_bits": paper},
+        }
+        tokenizer = (parse_checkpoint(checkpoint)[0] / "tokenizer.json").read_text("utf-8")
+        write_made(out, made, parameters, content, tokenizer, step=source.step)
+    layers.remove()
+    return out
+
+
+def calibration(source: Loaded, q: Quantize) -> tuple[list[Int[Array, "B T"]], str]:
+    """Batches of token ids, drawn from the training split by `q.seed`, and what identifies their text.
+
+    Raises:
+      UserError: sets that are missing, of another tokenizer, or too small.
+    """
+    data = replace(source.config.data, sets=q.sets or source.config.data.sets)
+    sets = replace(source.config, data=data).mixture
+    if not sets:
+        raise UserError(
+            "no calibration text: name a prepared set with --config.quantize.sets=FOLDER; to make one, "
+            "spectra prepare TEXTS --out=FOLDER --tokenizer=RUN/tokenizer.json"
+        )
+    batch = -(-q.batch // source.mesh.size) * source.mesh.size
+    loader = Loader(sets, split="train", T=data.T, B=batch, V=source.config.model.V, seed=q.seed)
+    loader.check_tokenizer(source.tokenizer)
+    if q.samples > len(loader) or q.samples % batch:
+        raise UserError(
+            f"config.quantize.samples={q.samples} must be a multiple of the {batch} that run at once and at most the "
+            f"{len(loader)} records of {data.T} tokens in {', '.join(path for path, _ in sets)}; use "
+            f"{min(len(loader), q.samples) // batch * batch}, or prepare more text"
+        )
+    spread = batch_sharding(source.mesh)
+    steps = range(q.samples // batch)
+    return [jax.device_put(loader.batch_at(step)[:, :-1], spread) for step in steps], loader.fingerprint
+
+
+def _layers(
+    source: Loaded, q: Quantize, tokens: list[Array], kept: Layers
+) -> Iterator[tuple[PyTree, dict[str, float]]]:
+    """Every layer's quantized parameters as numpy arrays, and the error of each of its matrices."""
+    m = source.config.model
+    embed = jax.jit(lambda parameters, ids: apply(source.graphdef, parameters).embed(ids))
+    batches = [embed(source.parameters, ids) for ids in tokens]
+    blocks, started, fresh = Blocks(m), time.monotonic(), 0
+    for layer in range(m.L):
+        latent = jax.tree.map(itemgetter(layer), source.parameters["blocks"])
+        found = kept.load(layer, latent)
+        if found is None:
+            kept.save(layer, *quantize_block(blocks, latent, batches, q, f"layer {layer}"))
+            found, fresh = kept.load(layer, latent), fresh + 1
+            left = (time.monotonic() - started) / fresh * (m.L - layer - 1)
+            print(_line(layer, m.L, found[1], left), file=sys.stderr, flush=True)
+        if batches and layer + 1 < m.L:
+            frozen = _placed(found[0], latent)
+            batches = [blocks.forward(frozen, x) for x in batches]
+        yield found
+
+
+def quantize_block(
+    blocks: Blocks, parameters: PyTree, batches: list[Float[Array, "B T D"]], q: Quantize, name: str
+) -> tuple[PyTree, dict[str, float]]:
+    """One layer: its parameters with every matrix in its stored form, and the relative error of each.
+
+    The error is that of the outputs on the calibration text where the method takes Hessians, |x(W' - W)| / |xW|; else
+    that of the weights. Both are root mean squares.
+
+    Raises:
+      UserError: weights that are not finite, or as the method.
+    """
+    method, errors = get_method(q.method), {}
+    for module, matrix in MATRICES:
+        if not bool(jnp.all(jnp.isfinite(parameters[module][matrix]["w"]))):
+            raise UserError(f"{name}, {module}.{matrix}: NaN or infinite weights, of which nothing can be made")
+    if method.prepare:
+        parameters = method.prepare(parameters, batches, blocks, q)
+    for keys in STAGES if q.true_sequential else (tuple(MATRICES),):
+        hessians = blocks.hessians(parameters, batches, keys) if method.hessian else {}
+        frozen = {}
+        for module, matrix in keys:
+            w, h, where = parameters[module][matrix]["w"], hessians.get((module, matrix)), f"{module}.{matrix}"
+            frozen[module, matrix], errors[where] = _solve(method, _apart(w), h, q, f"{name}, {where}")
+        parameters = with_matrices(parameters, frozen)
+    return parameters, errors
+
+
+def _apart(w: Float[Array, "m n"]) -> Float[Array, "m n"]:
+    """The matrix with its outputs spread over all devices: each is quantized by itself."""
+    devices = jax.sharding.get_abstract_mesh().size
+    return gathered(w, P(None, AXES) if w.shape[1] % devices == 0 else P())
+
+
+def _solve(method: Method, w: Array, h: Array | None, q: Quantize, name: str) -> tuple[Form, float]:
+    """A matrix in its stored form, and its error."""
+    if q.float64:
+        here = jax.local_devices(backend="cpu")[:1]
+        with jax.enable_x64(True), jax.set_mesh(jax.make_mesh((1, 1, 1), AXES, devices=here)):
+            w, h = (None if x is None else jnp.asarray(np.asarray(x), jnp.float64) for x in (w, h))
+            solved, error = _solve(method, w, h, replace(q, float64=False), name)
+            return jax.tree.map(np.asarray, solved), error
+    solved = method.matrix(w, h, q, name)
+    return solved, float(_error(w, solved.dequantize(), h))
+
+
+@jax.jit
+def _error(w: Float[Array, "m n"], other: Float[Array, "m n"], h: Float[Array, "m m"] | None) -> Float[Array, ""]:
+    def square(x: Array) -> Array:
+        return jnp.sum(x * (x if h is None else jnp.dot(h, x, precision=HIGHEST)))
+
+    return jnp.sqrt(square(other - w) / square(w))
+
+
+def _placed(parameters: PyTree, like: PyTree) -> PyTree:
+    """Arrays of the host on the devices: what has the shape of a matrix is spread like it, the rest is everywhere."""
+
+    def put(leaf: Array, node: PyTree) -> PyTree:
+        everywhere = NamedSharding(leaf.sharding.mesh, P())
+        place = lambda array: leaf.sharding if array.shape == leaf.shape else everywhere  # noqa: E731
+        return jax.tree.map(lambda array: jax.device_put(array, place(array)), node)
+
+    return jax.tree.map(put, like, parameters)
+
+
+def _line(layer: int, layers: int, errors: Mapping[str, float], left: float) -> str:
+    each = "  ".join(f"{name.rpartition('.')[2]} {error:.2%}" for name, error in errors.items())
+    return f"layer {layer + 1:>{len(str(layers))}}/{layers}  error {each}  eta {duration(left)}"
