@@ -129,7 +129,7 @@ def quantize(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     from spectra_jax.interop import hf
 
-    print(hf.export(args.checkpoint, args.out, dtype=args.dtype))
+    print(hf.export(args.checkpoint, args.out, dtype=args.dtype, packed=args.to == "gptq"))
 
 
 def compare(args: argparse.Namespace) -> None:

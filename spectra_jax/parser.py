@@ -178,9 +178,11 @@ def _using_models(add: Callable) -> None:
     arg("--top-k", type=int, default=40, help="choose among so many; 0 for all (default %(default)s)")
     arg("--seed", type=int, default=0, help="of the random choices (default %(default)s)")
 
-    arg = add("export", "Write a checkpoint in another format: hf is a folder that transformers loads as a Llama.")
+    arg = add("export", "Write a checkpoint in another format: a folder that transformers loads as a Llama.",
+              "hf: plain weights, a quantized matrix as scale times code. gptq: a QuantLM's matrices packed, as GPTQ\n"
+              "checkpoints have them; transformers reads that with the packages optimum and gptqmodel.")
     arg("--checkpoint", required=True, metavar="WORKDIR[@STEP]", help="a run, by default its newest checkpoint")
-    arg("--to", required=True, choices=["hf"], help="the format")
+    arg("--to", required=True, choices=["hf", "gptq"], help="the format")
     arg("--out", required=True, help="folder to write; it must not exist")
     arg("--dtype", default="float32", help="float32, bfloat16 or float16 (default %(default)s)")
 

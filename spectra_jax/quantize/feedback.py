@@ -96,7 +96,7 @@ def _block(
             def ahead(count: int) -> Array:
                 factors = jax.lax.dynamic_slice_in_dim(inner, j, count, 1)
                 # `errors` of inputs not fixed yet are zeros, so that no mask is needed.
-                return _rows(mine, j, count) - jnp.sum(factors[:, :, None] * errors[:, None, :], axis=0)
+                return _rows(mine, j, count) - jnp.dot(factors.T, errors, precision=HIGHEST)
 
             row = ahead(1)[0]
             chosen, state = choice.choose(state, first + start + j, row, ahead)

@@ -71,11 +71,23 @@ def prepared(
     Raises:
       UserError: as `damped_factor`.
     """
-    m, padding = w.shape[0], -w.shape[0] % unit
-    h, alive = revive(h, w)
-    order = jnp.argsort(-jnp.diagonal(h)) if act_order else jnp.arange(m)
-    u, used = damped_factor(h[order][:, order], damp, name)
+    padding = -w.shape[0] % unit
+    alive, h, order = _ordered(w, h, padding, act_order)
+    u, used = damped_factor(h, damp, name)
     if used != damp:
         print(f"{name}: the damping was raised from {damp:g} to {used:g}, for less is not positive definite")
-    u = jnp.pad(u, (0, padding)) + jnp.diag((jnp.arange(m + padding) >= m).astype(u.dtype))
-    return jnp.pad(alive[order], ((0, padding), (0, 0))), u, order
+    return alive, _padded(u, padding), order
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _ordered(w: Array, h: Array, padding: int, act_order: bool) -> tuple[Array, Array, Array]:
+    h, alive = revive(h, w)
+    order = jnp.argsort(-jnp.diagonal(h)) if act_order else jnp.arange(h.shape[0])
+    if act_order:
+        alive, h = alive[order], h[order][:, order]
+    return jnp.pad(alive, ((0, padding), (0, 0))), h, order
+
+
+@partial(jax.jit, static_argnums=1)
+def _padded(u: Array, padding: int) -> Array:
+    return jax.scipy.linalg.block_diag(u, jnp.eye(padding, dtype=u.dtype)) if padding else u
