@@ -38,3 +38,8 @@ def get_config(preset: str = "4bit"):
     c.family, c.name = "QuantLM", f"quantlm-{preset}"
     c.quantize.update(PRESETS[one_of(preset, PRESETS, "configs/quantlm.py")])
     return c
+
+
+def presets() -> list[str]:
+    """Their names."""
+    return list(PRESETS)

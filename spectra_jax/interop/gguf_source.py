@@ -41,7 +41,7 @@ def open_file(path: Path, tokenizer: str | None = None) -> Source:
         raise UserError(f"cannot read {tokenizer}: {error}") from error
     fields = {name: field.contents() for name, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    m = model_of(fields, tied="output.weight" not in tensors)
+    m, asked = model_of(fields, tied="output.weight" not in tensors), set()
 
     def tensor(name: str) -> Rows:
         stem, layer = name.removesuffix(".weight"), ""
@@ -51,12 +51,14 @@ def open_file(path: Path, tokenizer: str | None = None) -> Source:
         theirs = f"{layer}{NAMES[stem]}.weight"
         if theirs not in tensors:
             raise UserError(f"{path} has no tensor {theirs}; it has {len(tensors)} others")
+        asked.add(theirs)
         heads = {"self_attn.q_proj": m.N, "self_attn.k_proj": m.K}.get(stem, 0)
         return Rows(tensors[theirs], heads)
 
     return Source(
         name=path.stem, model=m, context=fields.get("llama.context_length", 2048), tokens=None,
         tokenizer=text or tokenizer_of(fields).to_str(), tensor=tensor,
+        unread=lambda: sorted(tensors.keys() - asked),
     )
 
 

@@ -30,9 +30,9 @@ def packed(grid: Grid, name: str) -> dict[str, Shaped[np.ndarray, "..."]]:
     if bits not in BITS or m * bits % WORD or n * bits % WORD or grid.scales.dtype != np.float16 or grid.tokens8:
         activations = "8-bit" if grid.tokens8 else "float"
         raise UserError(
-            f"{name} ({m} x {n}) has {bits} bits, scales of {grid.scales.dtype} and {activations} activations; the GPTQ "
-            f"format has {', '.join(map(str, BITS))} bits, whole words of {WORD} bits, scales of float16 "
-            "(--config.quantize.scale_dtype) and float activations: export with --to=hf"
+            f"{name} ({m} x {n}) has {bits} bits, scales of {grid.scales.dtype} and {activations} activations; the "
+            f"GPTQ format has {', '.join(map(str, BITS))} bits, whole words of {WORD} bits, scales of "
+            "float16 (--config.quantize.scale_dtype) and float activations: export with --to=hf"
         )
     codes, groups = np.asarray(grid.codes, np.int32), grid.scales.shape[0]
     if grid.zeros is None:

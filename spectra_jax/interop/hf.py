@@ -1,7 +1,8 @@
 """A checkpoint as a Hugging Face folder: transformers' Llama and its tokenizer load it, with no code of ours.
 
-A quantized matrix is written as scale times code, unpacked, or a QuantLM's as GPTQ checkpoints have it. The folder says in config.json, under "spectra_jax", which
-checkpoint it was made of; exported again by the same software, the same checkpoint gives the same bytes.
+A quantized matrix is written as scale times code, unpacked, or a QuantLM's as GPTQ checkpoints have it. The folder says
+in config.json, under "spectra_jax", which checkpoint it was made of; exported again by the same software, the same
+checkpoint gives the same bytes.
 """
 
 import hashlib

@@ -20,11 +20,12 @@ def open_folder(folder: Path, files: ExitStack, tokenizer: str | None = None) ->
       UserError: a model that is not Llama-shaped, or files that are missing or damaged.
     """
     theirs = _read_json(folder / "config.json")
+    tensor, unread = _open(folder, files)
     return Source(
         name=folder.name, model=model_of(theirs), context=theirs.get("max_position_embeddings", 2048),
         tokens=theirs.get("spectra_jax", {}).get("tokens"),
         tokenizer=json.dumps(_read_json(Path(tokenizer) if tokenizer else folder / "tokenizer.json")),
-        tensor=_open(folder, files),
+        tensor=tensor, unread=unread,
     )
 
 
@@ -65,11 +66,11 @@ def _read_json(path: Path) -> dict:
                         "tokenizer.json") from error
 
 
-def _open(folder: Path, files: ExitStack) -> Callable[[str], Any]:
-    """A function from a tensor's name to a slice of it that has not been read yet."""
+def _open(folder: Path, files: ExitStack) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`tensor` and `unread` of a `Source`."""
     index = folder / "model.safetensors.index.json"
     names = set(_read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    where = {}
+    where, asked = {}, set()
     for name in sorted(names):
         try:
             file = files.enter_context(safe_open(folder / name, framework="numpy"))
@@ -80,6 +81,11 @@ def _open(folder: Path, files: ExitStack) -> Callable[[str], Any]:
     def tensor(name: str) -> Any:
         if name not in where:
             raise UserError(f"{folder} has no tensor {name}; it has {len(where)} others")
+        asked.add(name)
         return where[name].get_slice(name)
 
-    return tensor
+    def unread() -> list[str]:
+        # A tied head may be stored beside the embedding, and old files hold the frequencies of the rotary embedding.
+        return sorted(name for name in where.keys() - asked if not name.endswith(("lm_head.weight", "inv_freq")))
+
+    return tensor, unread

@@ -66,6 +66,11 @@ def import_model(
         with jax.set_mesh(mesh):
             like = abstract(jax.eval_shape(partial(init_parameters, config.model), jax.random.key(0)), mesh)
             parameters = _read_parameters(config.model, source, like)
+            if unread := source.unread():
+                raise UserError(
+                    f"{path} has {len(unread)} tensors that this model has no place for: {', '.join(unread[:4])}"
+                    f"{', ...' if len(unread) > 4 else ''}; without them it would not be the same model"
+                )
             if weight != "float":
                 parameters = _recover(config.model, parameters)
             content = make_record(configs.to_dict(config), source.tokens, "") | {"imported": source.name}

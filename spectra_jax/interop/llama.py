@@ -13,7 +13,11 @@ NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layern
 
 @dataclass(frozen=True)
 class Source:
-    """A model in files. `tensor` gives, by transformers' name, an array (out, in) that is read when it is sliced."""
+    """A model in files.
+
+    tensor: by transformers' name, an array (out, in) that is read when it is sliced.
+    unread: the names of tensors, as they stand in the files, that have not been asked for.
+    """
 
     name: str
     model: Model
@@ -21,3 +25,4 @@ class Source:
     tokens: int | None  # that it was trained on, if it says so
     tokenizer: str  # the text of a tokenizer.json
     tensor: Callable[[str], Any]
+    unread: Callable[[], list[str]]

@@ -99,6 +99,7 @@ def test_what_is_not_ternary_is_refused(tmp_path):
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "rope_type='llama3'"),
         ({"intermediate_size": 64}, r"mlp.gate_proj.weight is .48, 32.; the model's shape makes it .64, 32."),
         ({"num_hidden_layers": 4}, "has no tensor model.layers.3.input_layernorm.weight"),
+        ({"num_hidden_layers": 2}, "has 9 tensors that this model has no place for: model.layers.2.input_layernorm"),
         ({"hidden_size": None}, "config.json has no 'hidden_size'"),
     ],
 )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers import STEPS, TERNARY, data, environment, logits, prepare_set, same_bits, tiny, trained
 
+from spectra_jax import cli
 from spectra_jax import config as configs
 from spectra_jax.compare import compare
 from spectra_jax.data.loader import Loader
@@ -21,6 +22,7 @@ from spectra_jax.model.parameters import block_matrices, init_parameters
 from spectra_jax.quantize import pipeline
 from spectra_jax.quantize.blocks import INPUT_OF, Blocks
 from spectra_jax.quantize.gptq import gptq
+from spectra_jax.quantize.methods import get_method
 from spectra_jax.quantize.pipeline import quantize
 from spectra_jax.schema import Config
 from spectra_jax.serve.load import load
@@ -187,6 +189,24 @@ def test_what_cannot_be_quantized(tmp_path, quantlm):
         assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="exists, and nothing that was made is ever replaced"):
         quantize(str(trained()), settings(*GPTQ3), tmp_path)
+
+
+def test_only_the_quantization_can_be_set(tmp_path):
+    command = ["quantize", f"--checkpoint={trained()}", "--config=configs/quantlm.py:3bit", f"--out={tmp_path / 'q'}"]
+    with pytest.raises(UserError, match="config.model.L=3: model and data are the checkpoint's"):
+        cli.run([*command, "--config.model.L=3"])
+    with pytest.raises(UserError, match="unknown key config.quantize.bit; did you mean config.quantize.bits"):
+        cli.run([*command, "--config.quantize.bit=3"])
+    with pytest.raises(UserError, match="'3bits' is not one of .* did you mean 3bit"):
+        cli.run(["quantize", "--checkpoint=x", "--config=configs/quantlm.py:3bits", "--out=y"])
+
+
+def test_presets_name_methods_and_grids_that_exist():
+    presets = configs.run_config_file("configs/quantlm.py", "presets")
+    assert {"3bit", "4bit", "6bit", "8bit"} < set(presets)
+    for name in presets:
+        q = configs.load(f"configs/quantlm.py:{name}").quantize
+        get_method(q.method, q.grid)
 
 
 def test_weights_that_are_not_finite():
