@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from spectra_jax.model.matrices import MATRICES, Key
@@ -57,13 +58,14 @@ def search(
 ) -> dict[str | Key, Float[Array, "_"]]:
     """The best scales of each of `FOLDS` that can be made, one per dim of the input; all look at the block as it is."""
     found, tokens = {}, sum(x.shape[0] * x.shape[1] for x in batches)
-    sums = jax.tree.map(lambda *parts: sum(parts), *(_magnitudes(blocks, parameters, x) for x in batches))
+    each = [jax.block_until_ready(_magnitudes(blocks, parameters, x)) for x in batches]
+    sums = jax.tree.map(lambda *parts: sum(parts), *each)
     for source, readers in FOLDS.items():
         if isinstance(source, tuple) and _outputs(parameters, source) != _inputs(parameters, readers[0]):
             continue  # heads that share values: an output of v is an input of o several times
         tried = candidates(sums[readers[0]] / tokens)
-        losses = sum(_losses(blocks, readers, q, parameters, x, tried) for x in batches)
-        found[source] = tried[int(jnp.argmin(losses))]
+        losses = sum(np.asarray(_losses(blocks, readers, q, parameters, x, tried)) for x in batches)
+        found[source] = tried[int(np.argmin(losses))]
     return found
 
 
@@ -131,7 +133,9 @@ def clip(parameters: PyTree, batches: list[Float[Array, "B T D"]], blocks: Block
     """The block with the weights of each group within the bounds at which rounding does the least harm."""
     B, T, _ = batches[0].shape
     stride = -(-len(batches) * B * T // CLIP_TOKENS)
-    rows = [_rows(blocks, -n * B * T % stride, stride, parameters, x) for n, x in enumerate(batches)]
+    rows = [
+        jax.block_until_ready(_rows(blocks, -n * B * T % stride, stride, parameters, x)) for n, x in enumerate(batches)
+    ]
     clipped = {}
     for module, name in MATRICES:
         if (module, name) not in UNCLIPPED:

@@ -120,7 +120,8 @@ def _layers(
     """Every layer's quantized parameters as numpy arrays, and the error of each of its matrices."""
     m = source.config.model
     embed = jax.jit(lambda parameters, ids: apply(source.graphdef, parameters).embed(ids))
-    batches = [embed(source.parameters, ids) for ids in tokens]
+    # Here and below one program after the other: of several that communicate, a CPU's devices may begin different ones.
+    batches = [jax.block_until_ready(embed(source.parameters, ids)) for ids in tokens]
     blocks, started, fresh = Blocks(m), time.monotonic(), 0
     for layer in range(m.L):
         latent = jax.tree.map(itemgetter(layer), source.parameters["blocks"])
@@ -132,7 +133,7 @@ def _layers(
             print(_line(layer, m.L, found[1], left), file=sys.stderr, flush=True)
         if batches and layer + 1 < m.L:
             frozen = _placed(found[0], latent)
-            batches = [blocks.forward(frozen, x) for x in batches]
+            batches = [jax.block_until_ready(blocks.forward(frozen, x)) for x in batches]
         yield found
 
 
@@ -152,7 +153,7 @@ def quantize_block(
         if not bool(jnp.all(jnp.isfinite(parameters[module][matrix]["w"]))):
             raise UserError(f"{name}, {module}.{matrix}: NaN or infinite weights, of which nothing can be made")
     if method.prepare:
-        parameters = method.prepare(parameters, batches, blocks, q)
+        parameters = jax.block_until_ready(method.prepare(parameters, batches, blocks, q))
     for keys in STAGES if q.true_sequential else (tuple(MATRICES),):
         hessians = blocks.hessians(parameters, batches, keys) if method.hessian else {}
         frozen = {}
@@ -178,15 +179,15 @@ def _solve(method: Method, w: Array, h: Array | None, q: Quantize, name: str) ->
             solved, error = _solve(method, w, h, replace(q, float64=False), name)
             return jax.tree.map(np.asarray, solved), error
     solved = method.matrix(w, h, q, name)
-    return solved, float(_error(w, solved.dequantize(), h))
+    return solved, float(_error(w, solved, h))
 
 
 @jax.jit
-def _error(w: Float[Array, "m n"], other: Float[Array, "m n"], h: Float[Array, "m m"] | None) -> Float[Array, ""]:
+def _error(w: Float[Array, "m n"], solved: Form, h: Float[Array, "m m"] | None) -> Float[Array, ""]:
     def square(x: Array) -> Array:
         return jnp.sum(x * (x if h is None else jnp.dot(h, x, precision=HIGHEST)))
 
-    return jnp.sqrt(square(other - w) / square(w))
+    return jnp.sqrt(square(solved.dequantize() - w) / square(w))
 
 
 def _placed(parameters: PyTree, like: PyTree) -> PyTree:

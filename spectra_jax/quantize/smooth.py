@@ -45,7 +45,7 @@ def smooth(parameters: PyTree, batches: list[Float[Array, "B T D"]], blocks: Blo
     """The same block with the range of its activations evened out, as far as norms and the matrices after them go."""
     ranges = None
     for x in batches:
-        inputs = blocks.inputs(parameters, x)
+        inputs = jax.block_until_ready(blocks.inputs(parameters, x))
         found = {norm: _range(inputs[keys[0]]) for norm, keys in READERS.items()}
         ranges = found if ranges is None else jax.tree.map(jnp.maximum, ranges, found)
     for norm, keys in READERS.items():
