@@ -29,6 +29,8 @@ CHANGES = {
     "quantize.grid": "absmax",
     "quantize.scale_dtype": "float32",
     "quantize.sets": "text",
+    "quantize.pattern": "2:4",
+    "quantize.saliency": "magnitude",
 }
 
 
