@@ -4,9 +4,8 @@
 
 For each size of the suite the three kinds of matrix of a block (D x D, D x F, F x D), 4 bits, groups of 128, no zero
 points, on twice as many inputs as the Hessian is wide. Each peer runs in a process of its own, on the same arrays, with
-as many threads as there are cores. Ours and PyTorch's times are medians over rounds after a first call, which is also
-given: it compiles. qwix (--peers=torch,qwix; pip install qwix) unrolls its loop over inputs when it traces and is not
-compiled as a whole, so that every call counts; only small sizes end in reasonable time.
+as many threads as there are cores. Times are medians over rounds after a first call, which is also given: it compiles.
+qwix (--peers=torch,qwix; pip install qwix) unrolls its loop over inputs; only small sizes end in reasonable time.
 
 Errors are those of the outputs, |x(W' - W)| / |xW|; peaks are of the process, less what it took after its imports.
 The last line of the output is JSON.
@@ -103,15 +102,14 @@ def measure(peer: str, m: int, n: int, rounds: int) -> dict[str, float]:
     run = PEERS[peer]()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times = []
-    for _ in range(rounds + (peer != "qwix")):
+    for _ in range(rounds + 1):
         started = time.perf_counter()
         found = run(x, w)
         times.append(time.perf_counter() - started)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     y = x.astype(np.float64)[: min(len(x), 2048)]
     error = np.linalg.norm(y @ (found - w)) / np.linalg.norm(y @ w)
-    steady = times if peer == "qwix" else times[1:]
-    return {"first": times[0], "seconds": statistics.median(steady), "error": float(error), "peak MiB": peak / 1024}
+    return {"first": times[0], "seconds": statistics.median(times[1:]), "error": float(error), "peak MiB": peak / 1024}
 
 
 def main() -> None:
@@ -131,7 +129,7 @@ def main() -> None:
             base = None
             for peer in peers:
                 with context.Pool(1) as pool:
-                    found = pool.apply(measure, (peer, m, n, args.rounds if peer != "qwix" else 1))
+                    found = pool.apply(measure, (peer, m, n, args.rounds))
                 base = base or found
                 row = {"size": size, "in": m, "out": n, "peer": peer, "ratio": found["seconds"] / base["seconds"],
                        "s/M weights": found["seconds"] / (m * n / 1e6), **found}

@@ -124,7 +124,7 @@ def test_a_real_pretrained_model(tmp_path):
     (ids,) = ours.encode_batch([text])
     assert ids.tolist() == theirs(text, add_special_tokens=False)["input_ids"]
     found, wanted = logits(run, ids[None]), expected(path, ids[None])
-    np.testing.assert_allclose(found, wanted, atol=2e-3)
+    np.testing.assert_allclose(found, wanted, atol=4e-4)  # of 30; each is 1e-4 from float64
     assert (found.argmax(-1) == wanted.argmax(-1)).all()
     probabilities = jax.nn.log_softmax(found[0, :-1])
     assert -np.mean(probabilities[np.arange(len(ids) - 1), ids[1:]]) < 2.5  # it knows English
