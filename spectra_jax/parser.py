@@ -96,7 +96,7 @@ def _making_models(add: Callable) -> None:
     arg("--sweep", required=True, metavar="FILE.py[:ARG]", help="sweep file and the argument of its get_sweep")
     arg("--workdir", required=True, help="folder of the sweep: one subfolder per row")
 
-    arg = add("quickstart", "Train a FloatLM and a TriLM on the shipped corpus and compare them, in minutes on a CPU.")
+    arg = add("quickstart", "Train a FloatLM and a TriLM on the shipped corpus, quantize, compare: minutes on a CPU.")
     arg("--workdir", default="runs/quickstart", help="where everything goes (default %(default)s)")
 
     arg = add(
@@ -137,7 +137,6 @@ def _making_models(add: Callable) -> None:
     arg("--checkpoint", required=True, metavar="WORKDIR[@STEP]", help="a float run, by default its newest checkpoint")
     arg("--config", required=True, metavar="FILE.py[:ARG]", help="config file and the argument of its get_config")
     arg("--out", required=True, help="folder of the run to make; it must not exist")
-
 
 
 def _using_models(add: Callable) -> None:

@@ -54,7 +54,7 @@ ALLOWED = {
     "evaluate.harness": {"errors", "evaluate", "evaluate.adapter", "serve"},
     "evaluate.report": MODEL | {"data", "evaluate", "evaluate.windows", "evaluate.tasks", "serve"},
     "made": BASE | {"checkpoint", "train.workdir", "weights"},
-    "quantize": MODEL | {"data", "made", "checksum", "record", "stored", "serve"},
+    "quantize": MODEL | {"data", "made", "checksum", "record", "stored", "train.workdir", "serve"},
     "interop": MODEL | {"data", "record", "stored", "made", "serve"},
     "analysis": MODEL | {"checkpoint", "metrics", "serve"},
     "verify": BASE | {"metrics", "record", "stored", "checkpoint"},

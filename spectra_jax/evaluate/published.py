@@ -47,7 +47,7 @@ def models() -> dict[str, dict[str, str]]:
 
 
 def published(name: str) -> dict[tuple[str, str], float]:
-    """The results of one model by (task, metric), as fractions (perplexity and likelihood difference: as they are).
+    """The results of one model by (task, metric), as fractions (perplexity: as it is).
 
     Raises:
       UserError: there is no such model; the message names the nearest.

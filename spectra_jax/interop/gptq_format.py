@@ -57,10 +57,12 @@ def pack(values: Int[np.ndarray, "m n"], bits: int) -> UInt32[np.ndarray, "w n"]
     return np.sum(words << np.arange(WORD, dtype=np.uint32)[None, :, None], axis=1, dtype=np.uint32)
 
 
-def config_of(q: Quantize) -> dict[str, Any]:
-    """What config.json says under "quantization_config"."""
+def config_of(grid: Grid, q: Quantize) -> dict[str, Any]:
+    """What config.json says under "quantization_config"; `grid` is any of the matrices, of one layer or of all."""
+    groups, m = grid.scales.shape[-2], grid.codes.shape[-2]
     return {
-        "quant_method": "gptq", "checkpoint_format": "gptq", "bits": q.bits, "group_size": q.group or -1,
-        "desc_act": q.act_order, "static_groups": q.static_groups, "sym": q.grid in ("gptq", "int", "absmax"),
+        "quant_method": "gptq", "checkpoint_format": "gptq", "bits": grid.bits,
+        "group_size": m // groups if groups > 1 else -1, "desc_act": grid.groups is not None,
+        "static_groups": q.static_groups, "sym": grid.zeros is None,
         "damp_percent": q.damp, "true_sequential": q.true_sequential,
     }

@@ -138,7 +138,10 @@ def _write_tensors(loaded: Loaded, folder: Path, dtype: str, packed: bool) -> No
 def _config(loaded: Loaded, dtype: str, packed: bool) -> dict:
     m, record = loaded.config.model, loaded.record
     sums = json.dumps(record["arrays"]["parameters"], sort_keys=True)
-    form = {"quantization_config": gptq_format.config_of(loaded.config.quantize)} if packed else {}
+    form = {}
+    if packed:
+        grid = block_matrices(loaded.parameters)["mlp", "up"]
+        form = {"quantization_config": gptq_format.config_of(grid, loaded.config.quantize)}
     return form | {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": dtype, "vocab_size": m.V,
         "hidden_size": m.D, "intermediate_size": m.F, "num_hidden_layers": m.L, "num_attention_heads": m.N,

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-HIGHEST = jax.lax.Precision.HIGHEST
+from spectra_jax.quantize.hessian import HIGHEST
+
 STRIP = 32  # inputs whose errors are added up before they reach the rest of the block: a matter of speed alone
 SEGMENT = 4  # blocks per loop; between segments, updates are products of exactly the size that is needed
 

@@ -18,17 +18,13 @@ from spectra_jax.weights.form import describe, skeleton
 
 
 class Layers:
-    """Finished layers of one quantization, in a folder beside its output. Of other settings, they are thrown away."""
+    """Finished layers of one quantization, in a folder beside its output that other settings do not share."""
 
     def __init__(self, out: Path, decides: Mapping[str, Any]):
         """`decides`: everything, JSON-ready, that the numbers depend on."""
-        self.folder = out.with_name(f".{out.name}.layers")
         mark = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-        settings = self.folder / "settings"
-        if not (settings.exists() and settings.read_text() == mark):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-            settings.write_text(mark)
+        self.folder = out.with_name(f".{out.name}.{mark[:16]}.layers")
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, layer: int, parameters: PyTree, errors: Mapping[str, float]) -> None:
         """Keeps one layer: it is there whole, or not."""

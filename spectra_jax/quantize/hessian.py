@@ -3,6 +3,7 @@
 Conventions of GPTQ (arXiv 2210.17323) and SparseGPT (arXiv 2301.00774), which all methods here share.
 """
 
+import sys
 from functools import partial
 
 import jax
@@ -75,7 +76,8 @@ def prepared(
     alive, h, order = _ordered(w, h, padding, act_order)
     u, used = damped_factor(h, damp, name)
     if used != damp:
-        print(f"{name}: the damping was raised from {damp:g} to {used:g}, for less is not positive definite")
+        said = f"{name}: the damping was raised from {damp:g} to {used:g}, for less is not positive definite"
+        print(said, file=sys.stderr, flush=True)
     return alive, _padded(u, padding), order
 
 

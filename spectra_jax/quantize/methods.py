@@ -25,8 +25,8 @@ class Method(NamedTuple):
 
     matrix: (w (in, out), Hessian of its inputs or None, settings, name) -> its stored form.
     hessian: whether `matrix` needs the Hessian.
-    prepare: (parameters of a float block, inputs of the block by batch, blocks.Blocks, settings) -> parameters that
-      compute the same and quantize better; runs before the matrices are quantized.
+    prepare: (parameters of a float block, inputs of the block by batch, blocks.Blocks, settings) -> float parameters
+      that quantize better (ranges moved to where they do no harm, weights clipped); runs before `matrix`.
     grids: the names that `config.quantize.grid` may have; empty: it is not looked at.
     """
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -34,8 +33,9 @@ from spectra_jax.schema import Config, Quantize
 from spectra_jax.serve.load import Loaded, load
 from spectra_jax.sharding import AXES, batch_sharding, gathered
 from spectra_jax.stored import parse_checkpoint
+from spectra_jax.train.workdir import read_config
 from spectra_jax.weights import get_rule
-from spectra_jax.weights.form import Form, size_in_bits
+from spectra_jax.weights.form import Form, part_sharding, size_in_bits
 
 # Matrices that are quantized at once; with `true_sequential`, one of these after the other.
 STAGES: tuple[tuple[Key, ...], ...] = (
@@ -60,7 +60,9 @@ def quantize(checkpoint: str, config: Config, out: Path | str) -> Path:
     m = source.config.model
     if get_rule(m.weight).quantized or source.record.get("forms"):
         raise UserError(f"{checkpoint} is quantized already ({source.config.family}); quantize a float model")
-    made = replace(source.config, family=config.family, name=config.name, quantize=q)
+    workdir, _ = parse_checkpoint(checkpoint)
+    # As it was trained: what is loaded has the mesh and the batch of this machine.
+    made = replace(read_config(workdir), family=config.family, name=config.name, quantize=q)
     calibrated = method.hessian or method.prepare is not None
     with jax.set_mesh(source.mesh):
         tokens, fingerprint = calibration(source, q) if calibrated else ([], "")
@@ -76,7 +78,7 @@ def quantize(checkpoint: str, config: Config, out: Path | str) -> Path:
             "quantized": {"of": str(checkpoint), "step": source.step, "errors": errors,
                           "stored_bits": stored, "paper_bits": paper},
         }
-        tokenizer = (parse_checkpoint(checkpoint)[0] / "tokenizer.json").read_text("utf-8")
+        tokenizer = (workdir / "tokenizer.json").read_text("utf-8")
         write_made(out, made, parameters, content, tokenizer, step=source.step)
     layers.remove()
     return out
@@ -107,7 +109,7 @@ def calibration(source: Loaded, q: Quantize) -> tuple[list[Int[Array, "B T"]], s
         raise UserError(
             f"config.quantize.samples={q.samples} must be a multiple of the {batch} that run at once and at most the "
             f"{len(loader)} records of {T} tokens in {', '.join(path for path, _ in sets)}; use "
-            f"{min(len(loader), q.samples) // batch * batch}, or prepare more text"
+            f"{min(len(loader), q.samples) // batch * batch or batch}, or prepare more text"
         )
     spread = batch_sharding(source.mesh)
     steps = range(q.samples // batch)
@@ -187,16 +189,14 @@ def _error(w: Float[Array, "m n"], solved: Form, h: Float[Array, "m m"] | None) 
     def square(x: Array) -> Array:
         return jnp.sum(x * (x if h is None else jnp.dot(h, x, precision=HIGHEST)))
 
-    return jnp.sqrt(square(solved.dequantize() - w) / square(w))
+    return jnp.sqrt(square(solved.dequantize() - w) / jnp.maximum(square(w), jnp.finfo(w.dtype).tiny))
 
 
 def _placed(parameters: PyTree, like: PyTree) -> PyTree:
-    """Arrays of the host on the devices: what has the shape of a matrix is spread like it, the rest is everywhere."""
+    """Arrays of the host on the devices, where those of `like` or of their forms are."""
 
     def put(leaf: Array, node: PyTree) -> PyTree:
-        everywhere = NamedSharding(leaf.sharding.mesh, P())
-        place = lambda array: leaf.sharding if array.shape == leaf.shape else everywhere  # noqa: E731
-        return jax.tree.map(lambda array: jax.device_put(array, place(array)), node)
+        return jax.tree.map(lambda array: jax.device_put(array, part_sharding(array.shape, leaf)), node)
 
     return jax.tree.map(put, like, parameters)
 

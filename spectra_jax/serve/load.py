@@ -18,7 +18,7 @@ from spectra_jax.schema import Config, Mesh
 from spectra_jax.sharding import make_mesh
 from spectra_jax.stored import abstract, parse_checkpoint, record_of
 from spectra_jax.train.workdir import read_config
-from spectra_jax.weights.form import skeleton
+from spectra_jax.weights.form import part_sharding, skeleton
 
 EVALUATION_BATCH = 8  # sequences per device: enough to be quick, small enough for any machine
 
@@ -72,8 +72,5 @@ def load(checkpoint: str, *, latent: bool = False, devices: Sequence[jax.Device]
 
 
 def _part_of_form(entry: list, matrix: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """What has the shape of the matrix is spread like it; the rest is small, and every device has it."""
     dtype, shape, *_ = entry
-    everywhere = jax.sharding.NamedSharding(matrix.sharding.mesh, jax.P())
-    sharding = matrix.sharding if tuple(shape) == matrix.shape else everywhere
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=part_sharding(tuple(shape), matrix))

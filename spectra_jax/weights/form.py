@@ -110,6 +110,11 @@ def skeleton(
     return jax.tree_util.tree_map_with_path(replace, like)
 
 
+def part_sharding(shape: tuple[int, ...], matrix: Array | jax.ShapeDtypeStruct) -> jax.sharding.NamedSharding:
+    """Where an array of a form is: like the matrix if it has its shape; else it is small, and every device has it."""
+    return matrix.sharding if shape == matrix.shape else jax.sharding.NamedSharding(matrix.sharding.mesh, jax.P())
+
+
 def size_in_bits(parameters: PyTree) -> tuple[float, float]:
     """A model's stored bits, and its bits as papers count them: what is not quantized at 16 bits a value.
 

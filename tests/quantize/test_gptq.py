@@ -174,7 +174,7 @@ def test_what_is_not_positive_definite(capsys):
         damped_factor(jnp.full((8, 8), jnp.nan), 0.01, "q")
     q = Quantize(bits=4, group=0, block=8)
     gptq(jnp.ones((8, 8)), jnp.asarray(h + np.eye(8, dtype=np.float32) * 0.3), q, "layer 3, mlp.up")
-    assert "layer 3, mlp.up: the damping was raised from 0.01 to 1" in capsys.readouterr().out
+    assert "layer 3, mlp.up: the damping was raised from 0.01 to 1" in capsys.readouterr().err
 
 
 def test_groups_that_do_not_divide():
