@@ -3,8 +3,9 @@
     python benchmarks/quantize.py [--sizes=99m] [--rounds=3] [--peers=torch]
 
 For each size of the suite the three kinds of matrix of a block (D x D, D x F, F x D), 4 bits, groups of 128, no zero
-points, on twice as many inputs as the Hessian is wide. Each peer runs in a process of its own, on the same arrays, with
-as many threads as there are cores. Times are medians over rounds after a first call, which is also given: it compiles.
+points, on twice as many inputs as the Hessian is wide. Each peer runs in a process of its own, on the same arrays,
+which are given and taken in its own kind and layout, with as many threads as there are cores. Times are medians over
+rounds after a first call, which is also given: it compiles.
 qwix (--peers=torch,qwix; pip install qwix) unrolls its loop over inputs; only small sizes end in reasonable time.
 
 Errors are those of the outputs, |x(W' - W)| / |xW|; peaks are of the process, less what it took after its imports.
@@ -18,6 +19,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -34,8 +36,12 @@ def arrays(m: int, n: int) -> tuple[np.ndarray, np.ndarray]:
     return x * np.exp(rng.standard_normal(m)).astype(np.float32), rng.standard_normal((m, n), np.float32) * 0.02
 
 
-def ours() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+Peer = tuple[Callable[[], Any], Callable[[Any], np.ndarray]]  # what is timed, and its result as an array (m, n)
+
+
+def ours(x: np.ndarray, w: np.ndarray) -> Peer:
     """What `spectra quantize` calls."""
+    import jax
     import jax.numpy as jnp
 
     from spectra_jax.quantize.gptq import gptq
@@ -43,20 +49,18 @@ def ours() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     from spectra_jax.schema import Quantize
 
     q = Quantize(method="gptq", bits=BITS, group=GROUP, block=BLOCK, damp=DAMP, scale_dtype="float32")
-
-    def run(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-        return np.asarray(gptq(jnp.asarray(w), products(jnp.asarray(x)[None]), q).dequantize())
-
-    return run
+    inputs, weights = jnp.asarray(x)[None], jnp.asarray(w)
+    return lambda: jax.block_until_ready(gptq(weights, products(inputs), q)), lambda grid: grid.dequantize()
 
 
-def torch() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def torch(x: np.ndarray, w: np.ndarray) -> Peer:
     """Algorithm 1 of the paper with its lazy updates, in the layout and with the calls of the published code."""
     import torch
 
-    def run(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-        inputs, w = torch.from_numpy(x), torch.from_numpy(np.ascontiguousarray(w.T))
-        h = inputs.T @ inputs
+    inputs, weights = torch.from_numpy(x), torch.from_numpy(np.ascontiguousarray(w.T))
+
+    def run() -> torch.Tensor:
+        w, h = weights.clone(), inputs.T @ inputs
         h.diagonal().add_(DAMP * h.diagonal().mean())
         upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
         fixed, scale = torch.zeros_like(w), None
@@ -72,25 +76,26 @@ def torch() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
                 v[:, k:] -= error[:, None] @ u[k : k + 1, k:]
                 fixed[:, start + k], errors[:, k] = chosen, error
             w[:, stop:] -= errors @ upper[start:stop, stop:]
-        return fixed.T.numpy()
+        return fixed
 
-    return run
+    return run, lambda fixed: fixed.T.numpy()
 
 
-def qwix() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def qwix(x: np.ndarray, w: np.ndarray) -> Peer:
     """Google's library for quantization in JAX."""
+    import jax
     import jax.numpy as jnp
     from qwix.contrib import gptq_core
     from qwix.contrib.gptq_core import qarray
 
     how = qarray.HowToQuantize(qtype=jnp.int4, channelwise_axes=[0], tiled_axes={1: GROUP}, calibration_method="absmax")
+    inputs, weights = jnp.asarray(x.T), jnp.asarray(w.T)
 
-    def run(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-        h = gptq_core.compute_hessian(jnp.asarray(x.T))
-        found, _ = gptq_core.quantize_weight(jnp.asarray(w.T), h, how, blocksize=BLOCK, percdamp=DAMP)
-        return np.asarray(qarray.dequantize(found)).T
+    def run() -> qarray.QArray:
+        h = gptq_core.compute_hessian(inputs)
+        return jax.block_until_ready(gptq_core.quantize_weight(weights, h, how, blocksize=BLOCK, percdamp=DAMP)[0])
 
-    return run
+    return run, lambda found: qarray.dequantize(found).T
 
 
 PEERS = {"ours": ours, "torch": torch, "qwix": qwix}
@@ -99,16 +104,16 @@ PEERS = {"ours": ours, "torch": torch, "qwix": qwix}
 def measure(peer: str, m: int, n: int, rounds: int) -> dict[str, float]:
     """Seconds, error and peak memory of one peer at one shape, in this process."""
     x, w = arrays(m, n)
-    run = PEERS[peer]()
+    run, as_array = PEERS[peer](x, w)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times = []
     for _ in range(rounds + 1):
         started = time.perf_counter()
-        found = run(x, w)
+        found = run()
         times.append(time.perf_counter() - started)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     y = x.astype(np.float64)[: min(len(x), 2048)]
-    error = np.linalg.norm(y @ (found - w)) / np.linalg.norm(y @ w)
+    error = np.linalg.norm(y @ (np.asarray(as_array(found)) - w)) / np.linalg.norm(y @ w)
     return {"first": times[0], "seconds": statistics.median(times[1:]), "error": float(error), "peak MiB": peak / 1024}
 
 

@@ -14,14 +14,25 @@ from spectra_jax.errors import UserError
 from spectra_jax.sharding import in_mesh
 
 HIGHEST = jax.lax.Precision.HIGHEST
+LEAF, WIDE = 32, 1024  # rows eliminated one by one, dims whose products are taken in one: matters of speed alone
 DAMP_LIMIT = 1.0  # of the mean of the diagonal; a matrix that needs more holds no information
 
 
+@jax.jit
 def products(x: Float[Array, "B T m"]) -> Float[Array, "m m"]:
     """Sum of x x^T over all tokens, in float32 and on every device. H is 2/sequences times the sum over batches."""
-    flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    spec = jax.P() if in_mesh() else None
-    return jnp.einsum("ri,rj->ij", flat, flat, precision=HIGHEST, out_sharding=spec)
+    return _products(x.reshape(-1, x.shape[-1]).astype(jnp.float32))
+
+
+def _products(x: Float[Array, "r m"]) -> Float[Array, "m m"]:
+    """By halves of a wide x: what is below the diagonal is not computed again."""
+    m, half = x.shape[1], x.shape[1] // 2
+    dot = partial(jnp.einsum, "ri,rj->ij", precision=HIGHEST, out_sharding=jax.P() if in_mesh() else None)
+    if m <= WIDE:
+        return dot(x, x)
+    first, second = x[:, :half], x[:, half:]
+    across = dot(first, second)
+    return jnp.block([[_products(first), across], [across.T, _products(second)]])
 
 
 def revive(h: Float[Array, "m m"], w: Float[Array, "m n"]) -> tuple[Array, Array]:
@@ -35,12 +46,39 @@ def factor(h: Float[Array, "m m"], damp: float) -> Float[Array, "m m"]:
     """Upper triangular U with (H + damp mean(diag H) I)^-1 = U^T U; NaN where that is not positive definite.
 
     Not by inverting H: with the rows and columns of H turned round, H = R R^T has an upper triangular R, and U is
-    its inverse. One Cholesky factor and one triangular solve instead of two and a product.
+    its inverse. One Cholesky factor that is inverted as it is made, instead of two and a product.
     """
     h = h + damp * jnp.mean(jnp.diagonal(h)) * jnp.eye(h.shape[0], dtype=h.dtype)
-    lower = jnp.linalg.cholesky(h[::-1, ::-1])
-    inverse = jax.scipy.linalg.solve_triangular(lower, jnp.eye(h.shape[0], dtype=h.dtype), lower=True)
-    return inverse[::-1, ::-1]
+    return _inverse_cholesky(h[::-1, ::-1])[::-1, ::-1]
+
+
+def _inverse_cholesky(h: Float[Array, "m m"]) -> Float[Array, "m m"]:
+    """Inverse of H's lower triangular factor, by halves, so that nearly all work is products of matrices.
+
+    LAPACK is slower, and the threads it leaves waiting on a CPU slow down whatever follows.
+    """
+    m = h.shape[0]
+    if m <= LEAF:
+        return _eliminate(h)
+    half = -(-m // (2 * LEAF)) * LEAF
+    dot = partial(jnp.dot, precision=HIGHEST)
+    first = _inverse_cholesky(h[:half, :half])
+    below = dot(h[half:, :half], first.T)
+    second = _inverse_cholesky(h[half:, half:] - _products(below.T))
+    return jnp.block([[first, jnp.zeros_like(below.T)], [-dot(second, dot(below, first)), second]])
+
+
+def _eliminate(h: Float[Array, "b b"]) -> Float[Array, "b b"]:
+    """The same for a small matrix: [H, I] becomes [L^T, L^-1] by elimination, a row after the other."""
+    b = h.shape[0]
+
+    def one(j: Array, rows: Array) -> Array:
+        row = jax.lax.dynamic_slice_in_dim(rows, j, 1)
+        row = row * jax.lax.rsqrt(jax.lax.dynamic_slice(row, (0, j), (1, 1)))
+        below = jnp.where(jnp.arange(b) > j, row[0, :b], 0)[:, None]
+        return jax.lax.dynamic_update_slice_in_dim(rows - below * row, row, j, 0)
+
+    return jax.lax.fori_loop(0, b, one, jnp.concatenate([h, jnp.eye(b, dtype=h.dtype)], 1))[:, b:]
 
 
 def damped_factor(h: Float[Array, "m m"], damp: float, name: str) -> tuple[Array, float]:
