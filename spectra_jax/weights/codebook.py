@@ -69,6 +69,10 @@ class Codebook(Form):
         scales = self.scales.dequantize() if isinstance(self.scales, Form) else self.scales
         return values * per_input(scales, values)
 
+    def kinds(self):
+        """Codes are places in the table."""
+        return {"codes": f"uint{self.bits}"}
+
     def stored_bits(self):
         """Codes, scales, and the table once per matrix."""
         inner = self.scales.stored_bits() if isinstance(self.scales, Form) else bits_of(self.scales)

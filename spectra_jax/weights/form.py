@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 FORMS: dict[str, type["Form"]] = {}
@@ -33,6 +34,14 @@ class Form:
     def activation(self, x: Float[Array, "*B m"]) -> Float[Array, "*B m"]:
         """What the product does to its input first."""
         return x
+
+    def product(self, x: Float[Array, "r m"], spec: jax.sharding.PartitionSpec | None = None) -> Float[Array, "r n"]:
+        """x @ dequantize() in the dtype of x; `spec` is where the result goes on a mesh."""
+        return jnp.einsum("rm,mn->rn", x, self.dequantize().astype(x.dtype), out_sharding=spec)
+
+    def kinds(self) -> dict[str, str]:
+        """Its arrays of whole numbers by what is in them (`packed.py`): they can be stored in fewer bits."""
+        return {}
 
     @property
     def weights(self) -> int:

@@ -24,6 +24,10 @@ class Frozen(Form):
         """The effective matrix in float32."""
         return self.codes.astype(jnp.float32) * expand(self.scales, self.codes.shape, self.axis)
 
+    def kinds(self):
+        """Two's complement, or signs."""
+        return {"codes": "sign" if self.code_bits == 1 else f"int{self.code_bits}"}
+
     def stored_bits(self):
         """Packed codes and the scales."""
         return self.code_bits * self.weights + bits_of(self.scales)
@@ -46,10 +50,11 @@ def matmul(
     x: Float[Array, "*B m"], w: Float[Array, "m n"] | Form, out_sharding: PartitionSpec | None = None
 ) -> Float[Array, "*B n"]:
     """x @ w in the dtype of x, for an array or a stored form. `out_sharding` is where it may communicate."""
-    if isinstance(w, Form):
-        x, w = w.activation(x), w.dequantize()
-    matrix = w.astype(x.dtype)
     # As one matrix of rows: XLA:CPU is slower at the gradient of a product with two dims of rows.
     spec = None if out_sharding is None else PartitionSpec(out_sharding[0], out_sharding[-1])
-    rows = jnp.einsum("rm,mn->rn", x.reshape(-1, x.shape[-1]), matrix, out_sharding=spec)
-    return jnp.reshape(rows, (*x.shape[:-1], matrix.shape[1]), out_sharding=out_sharding)
+    if isinstance(w, Form):
+        x = w.activation(x)
+        y = w.product(x.reshape(-1, x.shape[-1]), spec)
+    else:
+        y = jnp.einsum("rm,mn->rn", x.reshape(-1, x.shape[-1]), w.astype(x.dtype), out_sharding=spec)
+    return jnp.reshape(y, (*x.shape[:-1], y.shape[1]), out_sharding=out_sharding)

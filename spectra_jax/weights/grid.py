@@ -47,6 +47,10 @@ class Grid(Form):
         outlier = jnp.any(jnp.abs(x) >= self.threshold, axis=tuple(range(x.ndim - 1)), keepdims=True)
         return jnp.where(outlier, x, quantize_tokens(jnp.where(outlier, 0.0, x).astype(x.dtype), TINY))
 
+    def kinds(self):
+        """Codes are signed where there are no zeros."""
+        return {"codes": f"{'u' * (self.zeros is not None)}int{self.bits}", "zeros": f"uint{self.bits}"}
+
     def stored_bits(self):
         """Codes, scales, zeros at the width of codes, and the map of groups."""
         zeros = 0 if self.zeros is None else self.bits * self.zeros.size

@@ -28,6 +28,10 @@ class Masked(Form):
         kept = self.kept.dequantize() if is_form(self.kept) else self.kept.astype(jnp.float32)
         return jnp.where(self.mask, kept, 0.0 if self.rest is None else self.rest.dequantize())
 
+    def kinds(self):
+        """A bit per weight. The codes of weights that are the other part's are stored all the same."""
+        return {"mask": "uint1"}
+
     @property
     def weights(self):
         """Weights of both parts."""

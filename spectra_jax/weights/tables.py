@@ -40,6 +40,10 @@ class Tables(Form):
         """Of a packed code."""
         return ceil(log2(max(self.split, self.tables.shape[-3] - self.split)))
 
+    def kinds(self):
+        """With a split, a bit more than the account has: the code says the kind of its input as well."""
+        return {"codes": f"uint{ceil(log2(self.tables.shape[-3]))}"}
+
     def stored_bits(self):
         """Codes, the map of inputs where there are two kinds, and the tables."""
         inputs = self.weights // self.codes.shape[-1] if self.split else 0

@@ -1,0 +1,1 @@
+"""Products with packed ternary matrices on TPU, GPU and CPU. It imports jax only; start at `api.py`."""
