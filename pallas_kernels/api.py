@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Shaped
 from pallas_kernels import cpu, gpu, tpu, xla
 from pallas_kernels.packing import CODES_PER_BYTE, Packed, expand, pack, unpack
 
-__all__ = ["Packed", "choose", "pack", "prepare", "ternary_matmul", "unpack"]
+__all__ = ["Packed", "check", "choose", "pack", "prepare", "ternary_matmul", "unpack"]
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"tpu": tpu, "gpu": gpu, "cpu": cpu, "xla": xla}
 
@@ -45,9 +45,14 @@ def ternary_matmul(
     module = _module(name)
     if weights.layout in CODES_PER_BYTE and name != "xla":
         weights = module.convert(weights)
-    if reason := module.refuses(jax.ShapeDtypeStruct(rows.shape, rows.dtype), weights):
-        raise ValueError(f"implementation {name!r} cannot serve {rows.shape} x {(weights.m, weights.n)}: {reason}")
+    check(jax.ShapeDtypeStruct(rows.shape, rows.dtype), weights, name)
     return _product(name, rows, weights).reshape(*x.shape[:-1], weights.n)
+
+
+def check(x: jax.ShapeDtypeStruct, weights: Packed, implementation: str) -> None:
+    """Raises ValueError if the implementation cannot serve; the message says why."""
+    if reason := _module(implementation).refuses(x, weights):
+        raise ValueError(f"{implementation!r} cannot serve {x.shape} x {(weights.m, weights.n)}: {reason}")
 
 
 def choose(x: jax.ShapeDtypeStruct, weights: Packed) -> tuple[str, dict[str, str]]:

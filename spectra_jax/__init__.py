@@ -1,1 +1,26 @@
-"""Language models whose bit-width is a value of their config."""
+"""Language models whose bit-width is a value of their config.
+
+    model = spectra_jax.load("runs/tri")
+    model.generate(["The people of"], max_new_tokens=32)
+"""
+
+
+def load(checkpoint: str, *, weights: str = "dense", cache: str = "auto", devices=None):
+    """A checkpoint of any family, ready to write text: a `spectra_jax.serve.generate.Generator`.
+
+    Args:
+      checkpoint: WORKDIR[@STEP], by default the newest step.
+      weights: "dense", or "packed" for ternary and binary matrices at 2 bits (see `Generator`).
+      cache: "auto" holds keys and values in the compute dtype, "int8" in 8 bits.
+      devices: where to; by default the first one.
+
+    Raises:
+      UserError: no such run or step, another kind of cache, or weights that cannot be had.
+    """
+    # Not at the head: whoever needs an error class or the parser of the command line should not wait for JAX.
+    import jax
+
+    from spectra_jax.serve.generate import Generator
+    from spectra_jax.serve.load import load
+
+    return Generator(load(checkpoint, devices=devices or jax.devices()[:1]), weights=weights, cache=cache, release=True)

@@ -98,14 +98,25 @@ def harness(args: argparse.Namespace) -> None:
 def generate(args: argparse.Namespace) -> None:
     import jax
 
-    from spectra_jax.serve.generate import complete
+    from spectra_jax.serve import terminal
+    from spectra_jax.serve.generate import Generator
     from spectra_jax.serve.load import load
 
-    text = complete(
-        load(args.checkpoint, devices=jax.devices()[:1]), args.prompt, new_tokens=args.tokens,
-        temperature=args.temperature, top_k=args.top_k, seed=args.seed,
-    )
-    print(text)
+    if args.prompt is not None and args.prompts is not None:
+        raise UserError("--prompt and --prompts are both given; use one of them")
+    prompts = None if args.prompts is None else terminal.read_prompts(args.prompts)
+    options = {
+        "max_new_tokens": args.tokens, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
+        "min_p": args.min_p, "repetition_penalty": args.repetition_penalty, "stop": args.stop, "seed": args.seed,
+    }
+    loaded = load(args.checkpoint, devices=jax.devices()[:1])
+    model = Generator(loaded, weights=args.weights, cache=args.cache, release=True)
+    if prompts is not None:
+        terminal.write_all(model, prompts, options)
+    elif args.prompt is None and sys.stdin.isatty():
+        terminal.converse(model, options)
+    else:
+        terminal.write(model, sys.stdin.read().rstrip("\n") if args.prompt is None else args.prompt, options)
 
 
 def import_(args: argparse.Namespace) -> None:
@@ -127,9 +138,27 @@ def quantize(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
+    types = {"matrices": args.type, "embedding": args.embedding_type, "head": args.head_type}
+    types = {name: kind for name, kind in types.items() if kind is not None}
+    if args.to == "gguf":
+        from spectra_jax.interop import gguf_export
+
+        if args.dtype is not None:
+            raise UserError("--dtype is for --to=hf and --to=gptq; for gguf there are --type, --embedding-type and "
+                            "--head-type")
+        print(gguf_export.export(args.checkpoint, args.out, **types))
+        return
     from spectra_jax.interop import hf
 
-    print(hf.export(args.checkpoint, args.out, dtype=args.dtype, packed=args.to == "gptq"))
+    if types:
+        raise UserError(f"--type, --embedding-type and --head-type are for --to=gguf; for {args.to} there is --dtype")
+    print(hf.export(args.checkpoint, args.out, dtype=args.dtype or "float32", packed=args.to == "gptq"))
+
+
+def pack(args: argparse.Namespace) -> None:
+    from spectra_jax.serve.pack import pack
+
+    print(pack(args.checkpoint, args.out, trits=args.trits, dtype=args.dtype))
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -174,7 +203,7 @@ def quickstart(args: argparse.Namespace) -> None:
 COMMANDS = {
     function.__name__.rstrip("_"): function
     for function in (
-        train, sweep, quickstart, prepare, import_, quantize, evaluate, harness, compare, generate, export, plot,
+        train, sweep, quickstart, prepare, import_, quantize, evaluate, harness, compare, generate, pack, export, plot,
         checkpoints, verify, suite,
     )
 }

@@ -169,21 +169,50 @@ def _using_models(add: Callable) -> None:
     arg("--out", default=None, metavar="FILE.json", help="file for the results")
     arg("--beside", default=None, metavar="MODEL", help="published results to print beside, such as TriLM-1.1B")
 
-    arg = add("generate", "Complete a prompt.")
+    arg = add(
+        "generate", "Continue a prompt, each line of a file, or what is typed.",
+        "Text is printed as it comes, of a file a line of JSON for each prompt; tokens per second on stderr.\n\n"
+        "Example:\n  spectra generate --checkpoint=runs/tri --prompt=\"The people of\" --temperature=0",
+    )
     arg("--checkpoint", required=True, metavar="WORKDIR[@STEP]", help="a run, by default its newest checkpoint")
-    arg("--prompt", required=True, help="text to continue")
+    arg("--prompt", default=None, help="text to continue (default: what is typed, or the standard input)")
+    arg("--prompts", default=None, metavar="FILE", help='texts to continue: one a line, or .jsonl with "prompt"')
     arg("--tokens", type=int, default=64, help="new tokens at most (default %(default)s)")
     arg("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default %(default)s)")
     arg("--top-k", type=int, default=40, help="choose among so many; 0 for all (default %(default)s)")
-    arg("--seed", type=int, default=0, help="of the random choices (default %(default)s)")
+    arg("--top-p", type=float, default=1.0, help="choose among the likeliest with so much probability together "
+        "(default %(default)s)")
+    arg("--min-p", type=float, default=0.0, help="choose among those with so much of the likeliest's probability "
+        "(default %(default)s)")
+    arg("--repetition-penalty", type=float, default=1.0, help="above 1, tokens of prompt and output get less likely "
+        "(default %(default)s)")
+    arg("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again")
+    arg("--seed", type=int, default=0, help="of the random choices; of a file's next line the next (default "
+        "%(default)s)")
+    arg("--weights", default="dense", help="dense, or packed: ternary and binary matrices multiplied at 2 bits (or a "
+        "kernel by name: tpu, gpu, cpu, xla; default %(default)s)")
+    arg("--cache", default="auto", help="keys and values: auto, or int8 to save memory (default %(default)s)")
 
-    arg = add("export", "Write a checkpoint in another format: a folder that transformers loads as a Llama.",
-              "hf: plain weights, a quantized matrix as scale times code. gptq: a QuantLM's matrices packed, as GPTQ\n"
-              "checkpoints have them; transformers reads that with the packages optimum and gptqmodel.")
+    arg = add("pack", "Make a run of a ternary, binary or quantized one that is as small as its bits.",
+              "Example:\n  spectra pack --checkpoint=runs/tri --out=runs/tri-packed --trits")
     arg("--checkpoint", required=True, metavar="WORKDIR[@STEP]", help="a run, by default its newest checkpoint")
-    arg("--to", required=True, choices=["hf", "gptq"], help="the format")
-    arg("--out", required=True, help="folder to write; it must not exist")
-    arg("--dtype", default="float32", help="float32, bfloat16 or float16 (default %(default)s)")
+    arg("--out", required=True, help="folder of the run to make; it must not exist")
+    arg("--trits", action="store_true", help="ternary codes at 1.6 bits instead of 2")
+    arg("--dtype", default="float16", help="of embedding, head and gains: float16, bfloat16, float32 (default "
+        "%(default)s)")
+
+    arg = add("export", "Write a checkpoint as a folder that transformers loads, or as a file for llama.cpp.",
+              "hf: plain weights, a quantized matrix as scale times code. gptq: a QuantLM's matrices packed, as GPTQ\n"
+              "checkpoints have them; transformers reads that with the packages optimum and gptqmodel. gguf: one file\n"
+              "for llama.cpp, ternary and binary codes exactly in 2 bits (TQ2_0) or 1.6 (TQ1_0).\n\n"
+              "Example:\n  spectra export --checkpoint=runs/tri --to=gguf --type=TQ2_0 --out=tri.gguf")
+    arg("--checkpoint", required=True, metavar="WORKDIR[@STEP]", help="a run, by default its newest checkpoint")
+    arg("--to", required=True, choices=["hf", "gptq", "gguf"], help="the format")
+    arg("--out", required=True, help="folder (gguf: file) to write; it must not exist")
+    arg("--dtype", default=None, help="hf and gptq: float32, bfloat16 or float16 (default float32)")
+    arg("--type", default=None, help="gguf: of the blocks' matrices: TQ2_0, TQ1_0, Q8_0, F16 or F32 (default TQ2_0)")
+    arg("--embedding-type", default=None, help="gguf: Q8_0, F16 or F32 (default Q8_0)")
+    arg("--head-type", default=None, help="gguf: Q8_0, F16 or F32 (default Q8_0); a tied head is the embedding")
 
 
 def _looking_at_runs(add: Callable) -> None:

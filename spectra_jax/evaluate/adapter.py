@@ -7,6 +7,7 @@ lm-evaluation-harness has no entry points for models (0.4.13), so that its own c
 `spectra harness` is the command line for it.
 """
 
+from functools import cached_property
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -14,9 +15,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from spectra_jax.errors import UserError
-from spectra_jax.evaluate.sampling import complete_until
 from spectra_jax.evaluate.scoring import score
 from spectra_jax.evaluate.windows import window_pairs
+from spectra_jax.serve.generate import Generator
 from spectra_jax.serve.load import Loaded, load
 
 NEW_TOKENS = 256  # of a generation, where the task does not say; lm-evaluation-harness's own default
@@ -79,31 +80,50 @@ class SpectraLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return sums
 
+    @cached_property
+    def generator(self) -> Generator:
+        """The model that writes; it holds the weights a second time, and so is made when a task asks for it."""
+        return Generator(self.loaded)
+
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations, in batches of requests with the same options.
 
+        A prompt that leaves no room for the new tokens loses its beginning. Choices follow from the seed and the
+        place of the prompt among those with the same options.
+
         Raises:
-          UserError: an option other than `until`, `max_gen_toks`, `do_sample` and `temperature`.
+          UserError: an option other than `until`, `max_gen_toks`, `do_sample` and `temperature`, or no room for any
+            prompt.
         """
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
         found = [""] * len(requests)
         for some in groups.values():
-            options = requests[some[0]].args[1]
-            sampled = options.get("do_sample", options.get("temperature", 0.0) > 0)
-            unknown = sorted(set(options) - KNOWN - (set() if sampled else {"top_k", "top_p"}))
-            if unknown:
-                raise UserError(f"generation_kwargs.{unknown[0]}={options[unknown[0]]!r} is not known here; a task "
-                                f"may set {', '.join(sorted(KNOWN))}")
-            until = options.get("until") or []
+            options, T = self._generation_options(requests[some[0]].args[1]), self.max_length
+            room = T - options["max_new_tokens"]
+            if room < 1:
+                raise UserError(
+                    f"{options['max_new_tokens']} new tokens leave no room for a prompt in the model's context of {T}; "
+                    f"ask for 1 to {T - 1} (max_gen_toks in a task's generation_kwargs)"
+                )
             prompts = self.loaded.tokenizer.encode_batch([requests[i].args[0] for i in some])
-            texts = complete_until(
-                self.loaded, [ids.tolist() for ids in prompts], [until] if isinstance(until, str) else until,
-                new_tokens=int(options.get("max_gen_toks", NEW_TOKENS)),
-                temperature=float(options.get("temperature", 1.0)) if sampled else 0.0, seed=self.seed,
-            )
-            for i, text in zip(some, texts):
-                found[i] = text
-                self.cache_hook.add_partial("generate_until", requests[i].args, text)
+            prompts = [ids[-room:].tolist() or [self.eot_token_id] for ids in prompts]
+            for i, completion in zip(some, self.generator.generate(prompts, **options)):
+                found[i] = completion.text
+                self.cache_hook.add_partial("generate_until", requests[i].args, completion.text)
         return found
+
+    def _generation_options(self, given: dict[str, Any]) -> dict[str, Any]:
+        """A task's `generation_kwargs` as `Generator.generate` takes them."""
+        sampled = given.get("do_sample", given.get("temperature", 0.0) > 0)
+        unknown = sorted(set(given) - KNOWN - (set() if sampled else {"top_k", "top_p"}))
+        if unknown:
+            raise UserError(f"generation_kwargs.{unknown[0]}={given[unknown[0]]!r} is not known here; a task "
+                            f"may set {', '.join(sorted(KNOWN))}")
+        until = given.get("until") or []
+        return {
+            "max_new_tokens": int(given.get("max_gen_toks", NEW_TOKENS)), "seed": self.seed, "top_k": 0,
+            "stop": [until] if isinstance(until, str) else until,
+            "temperature": float(given.get("temperature", 1.0)) if sampled else 0.0,
+        }

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, ReaderTensor, dequantize
+from gguf import GGUFReader, ReaderTensor, TokenType, dequantize
 from jaxtyping import Float
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from spectra_jax.errors import UserError
+from spectra_jax.interop.gguf_vocabulary import SPLITS
 from spectra_jax.interop.llama import Source
 from spectra_jax.schema import Model
 
@@ -22,7 +23,6 @@ NAMES = {
     "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }
-CONTROL, USER_DEFINED = 3, 4  # llama.cpp's types of tokens that stand for themselves
 
 
 def open_file(path: Path, tokenizer: str | None = None) -> Source:
@@ -116,23 +116,18 @@ def tokenizer_of(fields: Mapping[str, Any]) -> Tokenizer:
     Raises:
       UserError: another kind of tokenizer, or another way to split text before it.
     """
-    splits = {
-        "gpt-2": [], "smollm": [pre_tokenizers.Digits(individual_digits=True)],
-        "llama-bpe": [pre_tokenizers.Split(Regex(
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-            r"|\s+(?!\S)|\s+"
-        ), "isolated")],
-    }
     kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or pre not in splits:
+    if kind != "gpt2" or pre not in SPLITS:
         raise UserError(f"the file's tokenizer ({kind!r}, split {pre!r}) is not known here ('gpt2' with one of "
-                        f"{', '.join(splits)} is); give its tokenizer.json with --tokenizer=FILE")
+                        f"{', '.join(SPLITS)} is); give its tokenizer.json with --tokenizer=FILE")
     tokens, merges = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.merges"]
-    made = Tokenizer(models.BPE({token: k for k, token in enumerate(tokens)}, [tuple(m.split(" ")) for m in merges]))
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [*splits[pre], pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre != "llama-bpe")]
-    )
+    vocabulary, pairs = {token: k for k, token in enumerate(tokens)}, [tuple(m.split(" ")) for m in merges]
+    made = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre == "llama-bpe"))
+    made.pre_tokenizer = pre_tokenizers.Sequence(SPLITS[pre])
     made.decoder = decoders.ByteLevel()
-    whole = [t for t, kind in zip(tokens, fields["tokenizer.ggml.token_type"]) if kind in (CONTROL, USER_DEFINED)]
-    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in whole])
+    for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"]):
+        # As llama.cpp has it: control tokens stand for nothing in a text, and the others are found in it.
+        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
+            special = kind == TokenType.CONTROL
+            made.add_tokens([AddedToken(token, normalized=False, special=special)])
     return made

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real
 
 from spectra_jax.sharding import Rules
 from spectra_jax.weights.form import Form
@@ -60,16 +60,24 @@ class RMSNorm(nnx.Module):
 
 def rotary_tables(T: int, H: int, base: float) -> tuple[Float[Array, "T h"], Float[Array, "T h"]]:
     """Cosine and sine of position times frequency for each of the H/2 pairs (RoFormer, arXiv 2104.09864)."""
+    return rotary_tables_at(jnp.arange(T, dtype=jnp.float32), H, base)
+
+
+def rotary_tables_at(positions: Real[Array, "*T"], H: int, base: float) -> tuple[Array, Array]:
+    """The same at any positions: two of shape (*T, H/2)."""
     frequency = base ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
-    angle = jnp.arange(T, dtype=jnp.float32)[:, None] * frequency[None]
+    angle = positions.astype(jnp.float32)[..., None] * frequency.reshape(*positions.ndim * [1], -1)
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(
-    x: Float[Array, "B T N H"], tables: tuple[Float[Array, "T h"], Float[Array, "T h"]]
+    x: Float[Array, "B T N H"], tables: tuple[Float[Array, "*rows T h"], Float[Array, "*rows T h"]]
 ) -> Float[Array, "B T N H"]:
-    """Rotary embedding in the Llama convention of Hugging Face: dim i is paired with dim i + H/2."""
-    cos, sin = (t[None, :, None, :] for t in tables)
+    """Rotary embedding in the Llama convention of Hugging Face: dim i is paired with dim i + H/2.
+
+    The tables are those of all rows, or each row's own.
+    """
+    cos, sin = (t[None, :, None] if t.ndim == 2 else t[:, :, None] for t in tables)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from spectra_jax.errors import one_of
 from spectra_jax.model.attention import get_attention
-from spectra_jax.model.layers import Linear, RMSNorm, rotary_tables, rotate
+from spectra_jax.model.layers import Linear, RMSNorm, rotary_tables, rotary_tables_at, rotate
 from spectra_jax.model.matrices import MATRICES, Key, shards_of, stacked_statistics
 from spectra_jax.schema import Model
 from spectra_jax.sharding import Rules, gathered
@@ -22,6 +22,9 @@ from spectra_jax.weights import get_rule
 from spectra_jax.weights.rule import Statistics
 
 Scales = dict[Key, Statistics | None]
+# What may take the place of attention, as a key-value cache does: (q, k, v), rotated, to what the values mix to. It is
+# called once a layer, in their order.
+Attend = Callable[[Array, Array, Array], Array]
 
 # What the backward pass finds stored, by name: everything, matrix products only, or block inputs only.
 REMAT = {
@@ -49,7 +52,9 @@ class Attention(nnx.Module):
         self.v = make((m.D, m.K * m.H), ("embed", "heads"), shards=cut(("attention", "v")), std=m.init_std)
         self.o = make((m.N * m.H, m.D), ("heads", "embed"), shards=cut(("attention", "o")), std=last)
 
-    def __call__(self, x: Float[Array, "B T D"], tables: tuple, scales: Scales) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], tables: tuple, scales: Scales, attend: Attend | None = None
+    ) -> Float[Array, "B T D"]:
         """What attention adds to the residual stream."""
         m, (B, T, _) = self.m, x.shape
         joined, split = self.rules("batch", "time", "heads"), self.rules("batch", "time", "heads", None)
@@ -59,7 +64,8 @@ class Attention(nnx.Module):
             return jnp.reshape(flat, (B, T, count, m.H), out_sharding=split)
 
         q, k, v = heads(self.q, "q", m.N), heads(self.k, "k", m.K), heads(self.v, "v", m.K)
-        mixed = get_attention(m.attention)(rotate(q, tables), rotate(k, tables), v, blocks=m.attention_blocks)
+        attend = attend or partial(get_attention(m.attention), blocks=m.attention_blocks)
+        mixed = attend(rotate(q, tables), rotate(k, tables), v)
         mixed = jnp.reshape(mixed, (B, T, m.N * m.H), out_sharding=joined)
         return self.o(mixed, self.rules("batch", "time", "act"), scales["attention", "o"])
 
@@ -98,9 +104,11 @@ class Block(nnx.Module):
         self.attention = Attention(m, rules, rngs=rngs)
         self.mlp = MLP(m, rules, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], tables: tuple, scales: Scales) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], tables: tuple, scales: Scales, attend: Attend | None = None
+    ) -> Float[Array, "B T D"]:
         """The residual stream after the block."""
-        x = x + self.attention(self.attention_norm(x) if self.attention_norm else x, tables, scales)
+        x = x + self.attention(self.attention_norm(x) if self.attention_norm else x, tables, scales, attend)
         return x + self.mlp(self.mlp_norm(x) if self.mlp_norm else x, scales)
 
 
@@ -132,10 +140,22 @@ class Transformer(nnx.Module):
         embedding = gathered(self.embedding[...].astype(compute_dtype(self.m)), self.rules("vocab", None))
         return embedding.at[tokens].get(out_sharding=self.rules("batch", "time", "act"))
 
-    def hidden(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The normalised states from which the head predicts, in the compute dtype."""
+    def hidden(
+        self, tokens: Int[Array, "B T"], attend: Attend | None = None, positions: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """The normalised states from which the head predicts, in the compute dtype.
+
+        Args:
+          attend: replaces causal attention; block matrices must be frozen or float then.
+          positions: of the tokens with it, by default from 0 up.
+        """
         m, x = self.m, self.embed(tokens)
         tables = rotary_tables(tokens.shape[1], m.H, m.rope_base)
+        if attend is not None:
+            tables = tables if positions is None else rotary_tables_at(positions, m.H, m.rope_base)
+            for i in range(m.L):  # not scanned: a layer's keys and values are then written in place (serve/cache.py)
+                x = self.layer(i)(x, tables, dict.fromkeys(MATRICES), attend)
+            return self.norm(x)
 
         def block(x: Array, layer: tuple[Block, Scales]) -> tuple[Array, None]:
             module, scales = layer
@@ -146,6 +166,10 @@ class Transformer(nnx.Module):
             block = jax.checkpoint(block, policy=REMAT[m.remat], prevent_cse=m.unroll > 1)
         x, _ = jax.lax.scan(block, x, (self.blocks, self.scales()), unroll=min(m.unroll, m.L))
         return self.norm(x)
+
+    def layer(self, i: int) -> Block:
+        """One block; its parameters are cut from stacked ones, or taken from tuples with one array or form a layer."""
+        return jax.tree.map(lambda x: x[i], self.blocks, is_leaf=lambda node: isinstance(node, tuple))
 
     def scales(self) -> Scales:
         """Statistics of every latent matrix, stacked over layers."""
@@ -158,7 +182,10 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits of the next token at every position, in float32."""
-        hidden = self.hidden(tokens)
+        return self.logits(self.hidden(tokens))
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """What the head makes of the states of `hidden`."""
         return jnp.einsum(
             "btd,dv->btv",
             hidden,

@@ -6,10 +6,12 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import PyTree
 
 from spectra_jax.checkpoint import Checkpoints
+from spectra_jax.checksum import dotted
 from spectra_jax.data import tokenizer as tokenizers
 from spectra_jax.data.tokenizer import Tokenizer
 from spectra_jax.errors import UserError
@@ -18,7 +20,8 @@ from spectra_jax.schema import Config, Mesh
 from spectra_jax.sharding import make_mesh
 from spectra_jax.stored import abstract, parse_checkpoint, record_of
 from spectra_jax.train.workdir import read_config
-from spectra_jax.weights.form import part_sharding, skeleton
+from spectra_jax.weights.form import is_form, part_sharding, skeleton
+from spectra_jax.weights.packed import unpack
 
 EVALUATION_BATCH = 8  # sequences per device: enough to be quick, small enough for any machine
 
@@ -61,14 +64,30 @@ def load(checkpoint: str, *, latent: bool = False, devices: Sequence[jax.Device]
         if forms and latent:
             raise UserError(f"{checkpoint} holds codes and scales; there are no latent weights to load")
         if forms:
-            like = skeleton(forms, record["arrays"]["parameters"], like, _part_of_form)
-        parameters = checkpoints.restore_parameters(step, like)
-        if not (forms or latent):
-            parameters = freeze(config.model, parameters)
+            parameters = _restore_forms(checkpoints, step, like, forms, record["arrays"]["parameters"])
+        else:
+            parameters = checkpoints.restore_parameters(step, like)
+            parameters = parameters if latent else freeze(config.model, parameters)
         graphdef = graphdef_of(config.model)
     checkpoints.close()
     tokenizer = tokenizers.load(str(workdir / "tokenizer.json"))
     return Loaded(config, mesh, graphdef, parameters, tokenizer, step, record)
+
+
+def _restore_forms(checkpoints: Checkpoints, step: int, like: PyTree, forms: dict, arrays: dict) -> PyTree:
+    """Forms as they compute: nothing packed, everything beside them in float32."""
+    as_stored = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, _float_dtype(arrays, path), sharding=leaf.sharding), like
+    )
+    restored = checkpoints.restore_parameters(step, skeleton(forms, arrays, as_stored, _part_of_form))
+    restored = jax.tree.map(lambda x: x if is_form(x) else x.astype(jnp.float32), restored, is_leaf=is_form)
+    return unpack(restored, like)
+
+
+def _float_dtype(arrays: dict, path: tuple) -> str:
+    """What an array that is no form was stored in: a packed run rounds it."""
+    stored = arrays.get(dotted(path), ["float32"])[0]
+    return stored if stored in ("float16", "bfloat16") else "float32"
 
 
 def _part_of_form(entry: list, matrix: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -115,7 +115,7 @@ def unpack(parameters: PyTree, like: PyTree) -> PyTree:
       like: the model's parameters before quantization, or their shapes and shardings.
     """
 
-    def of(node: PyTree, matrix: Array) -> PyTree:
+    def of(node: PyTree, matrix: Array | jax.ShapeDtypeStruct) -> PyTree:
         if isinstance(node, Bits):
             whole = matrix.shape[-2:] == (node.m, node.data.shape[-1])
             return _unpacked(node, matrix.sharding.spec if whole and in_mesh() else None)

@@ -27,11 +27,11 @@ class Prepared(Form):
         run = partial(api.ternary_matmul, implementation=self.implementation)
         if in_mesh():
             run = jax.shard_map(run, in_specs=(P(), P()), out_specs=P())
-        return gathered(run(gathered(x), self.matrix), spec)
+        return gathered(run(gathered(x), jax.tree.map(gathered, self.matrix)), spec)
 
 
 def prepare(parameters: PyTree, implementation: str | None = None, *, rows: int = 1) -> tuple[PyTree, str]:
-    """The parameters with every `Frozen` matrix prepared, and the implementation. Call it under the model's mesh.
+    """The parameters with every `Frozen` matrix prepared, and the implementation.
 
     Args:
       implementation: of `pallas_kernels.api`; by default the first that serves `rows` rows here.
@@ -43,10 +43,11 @@ def prepare(parameters: PyTree, implementation: str | None = None, *, rows: int 
     if not matrices:
         raise UserError("packed products are of ternary and binary models; this one has no such matrix")
     try:
+        of_one_layer = jax.eval_shape(lambda node: jax.tree.map(lambda x: x[0], canonical(node)), matrices[0])
+        x = jax.ShapeDtypeStruct((rows, of_one_layer.m), "float32")
         if implementation is None:
-            of_one_layer = jax.eval_shape(lambda node: jax.tree.map(lambda x: x[0], canonical(node)), matrices[0])
-            x = jax.ShapeDtypeStruct((rows, matrices[0].codes.shape[-2]), "float32")
             implementation, _ = api.choose(x, of_one_layer)
+        api.check(x, of_one_layer, implementation)
         convert = jax.jit(partial(_prepared, implementation=implementation))
         ready = jax.tree.map(lambda x: convert(x) if isinstance(x, Frozen) else x, parameters, is_leaf=is_form)
     except ValueError as error:
