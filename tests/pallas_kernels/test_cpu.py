@@ -239,7 +239,7 @@ except ValueError as e:
     empty = dict(PATH="", CXX="", XDG_CACHE_HOME=str(tmp_path))
     reason, y, refusal = in_process(code, **empty).strip().split("\n")
     assert reason == "there is no C++ compiler: install g++ or clang++, or set CXX" and y == "8.0"
-    assert refusal == f"implementation 'cpu' cannot serve (1, 8) x (8, 4): {reason}"
+    assert refusal == f"'cpu' cannot serve (1, 8) x (8, 4): {reason}"
     assert not list(tmp_path.iterdir())
     assert in_process(code, SPECTRA_NO_COMPILE="1").startswith("SPECTRA_NO_COMPILE is set\n8.0\n")
 
