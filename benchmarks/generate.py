@@ -1,11 +1,12 @@
 """Generation on this machine: tokens per second of a prompt and of what follows, and peak memory.
 
-    python benchmarks/generate.py [--sizes=99m,390m] [--rounds=3] [--contenders=unpacked,transformers]
+    python benchmarks/generate.py [--sizes=99m,390m] [--rounds=3] [--contenders=unpacked,packed,...]
 
 Models of the suite's shapes with random weights read a prompt of 512 tokens and write 64 more, the likeliest ones, one
 sequence at a time. Each contender runs in a process of its own with as many threads as there are cores:
 
-    unpacked       ours in float32, as any checkpoint runs that is not packed
+    unpacked       ours, dense matrices in float32
+    packed         ours, ternary matrices at 2 bits, by the implementation that `--weights=packed` takes here
     transformers   LlamaForCausalLM of the same shape in float32, PyTorch eager, with its own key-value cache
 
 Rates are medians over rounds after one that is not counted (it compiles). Ratios are to the first contender. The peak
@@ -18,6 +19,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +45,12 @@ def prompt() -> list[int]:
 
 def unpacked(m: Model) -> Run:
     """Ours: dense matrices."""
-    return ours(random_model(m))
+    return ours(random_model(m), weights="dense")
+
+
+def packed(m: Model) -> Run:
+    """Ours: ternary matrices at 2 bits."""
+    return ours(random_model(replace(m, weight="ternary")), weights="packed")
 
 
 def random_model(m: Model):
@@ -70,11 +77,11 @@ def random_model(m: Model):
         return Loaded(config, mesh, trees.graphdef_of(m), trees.freeze(m, drawn), tokenizer, 0, {})
 
 
-def ours(loaded) -> Run:
+def ours(loaded, *, weights: str) -> Run:
     """What `spectra generate` runs."""
     from spectra_jax.serve.generate import Generator, Speed
 
-    generator = Generator(loaded, release=True)
+    generator = Generator(loaded, weights=weights, release=True)
 
     def run() -> tuple[float, float]:
         generator.speed = Speed()
@@ -111,7 +118,7 @@ def transformers(m: Model) -> Run:
     return run
 
 
-CONTENDERS: dict[str, Callable[[Model], Run]] = {"unpacked": unpacked, "transformers": transformers}
+CONTENDERS: dict[str, Callable[[Model], Run]] = {"unpacked": unpacked, "packed": packed, "transformers": transformers}
 
 
 def measure(contender: str, m: Model, rounds: int) -> dict[str, float]:

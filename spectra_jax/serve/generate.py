@@ -4,28 +4,23 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, no_type_check
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Int, Int32, Key, PyTree, UInt
+from jaxtyping import Bool, Int32
 
 from spectra_jax.errors import UserError, one_of
-from spectra_jax.model.parameters import apply
-from spectra_jax.model.transformer import Transformer
-from spectra_jax.serve import cache as caches
+from spectra_jax.serve import programs
+from spectra_jax.serve.cache import STORED
 from spectra_jax.serve.layers import by_layer
 from spectra_jax.serve.load import Loaded
-from spectra_jax.serve.sampling import Sampling, draw
+from spectra_jax.serve.sampling import Sampling
 from spectra_jax.serve.text import Row
-from spectra_jax.sharding import gathered
 from spectra_jax.weights.prepared import prepare
 
-CHUNK = 16  # new tokens from one dispatch, at most
 SECONDS = 0.1  # that a dispatch may take, if it has more than one token
 BATCH_SLOTS = 16_384  # of the caches of one batch, on one device
 
@@ -103,7 +98,7 @@ class Generator:
         """
         self.config, self.mesh, self.tokenizer = model.config, model.mesh, model.tokenizer
         self.speed = Speed()
-        self._cache, self._graphdef = one_of(cache, caches.STORED, "cache"), model.graphdef
+        self._cache, self._graphdef = one_of(cache, STORED, "cache"), model.graphdef
         with jax.set_mesh(self.mesh):
             parameters, self.weights = model.parameters, weights
             if weights != "dense":
@@ -213,10 +208,10 @@ class Generator:
             made += steps
             self.speed.decode_seconds += seconds
             self.speed.decode_tokens += sum(len(row.tokens) for row in batch.rows) - before
-            steps = max(1, min(CHUNK, int(SECONDS * steps / seconds)))
+            steps = max(1, min(programs.CHUNK, int(SECONDS * steps / seconds)))
             yield
 
-    def _prefill(self, batch: _Batch, how: Sampling) -> tuple["_State", Int32[np.ndarray, "B 1"]]:
+    def _prefill(self, batch: _Batch, how: Sampling) -> tuple[programs.State, Int32[np.ndarray, "B 1"]]:
         """Every row's first new token."""
         B, count = batch.shape[0], len(batch.prompts)
         tokens, seen = np.zeros(batch.shape, np.int32), np.zeros((B, self.config.model.V), bool)
@@ -230,18 +225,18 @@ class Generator:
             rows = partial(NamedSharding, self.mesh)
             tokens = jax.device_put(tokens, rows(P(("slice", "data"), None)))
             lengths = jax.device_put(lengths, rows(P(("slice", "data"))))
-            state = _prefill(
+            state = programs.prefill(
                 self._graphdef, self._parameters, tokens, lengths, seen, seeds, how,
                 vocabulary=self.tokenizer.vocab_size, capacity=batch.capacity, stored=self._cache,
             )
             return state, np.asarray(state.token)[:, None]
 
     def _decode(
-        self, batch: _Batch, state: "_State", how: Sampling, steps: int
-    ) -> tuple["_State", Int32[np.ndarray, "B steps"]]:
+        self, batch: _Batch, state: programs.State, how: Sampling, steps: int
+    ) -> tuple[programs.State, Int32[np.ndarray, "B steps"]]:
         """Every row's next tokens, which do not matter where a row is done."""
         with jax.set_mesh(self.mesh):
-            state, tokens = _decode(
+            state, tokens = programs.decode(
                 self._graphdef, self._parameters, state, batch.done, steps, how, self.tokenizer.eod,
                 vocabulary=self.tokenizer.vocab_size,
             )
@@ -260,60 +255,3 @@ def rounded_up(n: int) -> int:
     """The first of 16, 32, 48, 64, 96, 128, 192, 256, ... that is not below `n`: few shapes to compile."""
     step = max(16, 1 << max((n - 1).bit_length() - 2, 0))
     return -(-n // step) * step
-
-
-@no_type_check  # as a pytree it also carries tracers
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _State:
-    """Between two dispatches."""
-
-    cache: caches.Cache
-    token: Int[Array, "B"]  # the newest, not yet read
-    seen: Bool[Array, "B V"]  # the tokens of prompt and output
-    keys: Key[Array, "B"]
-    drawn: Int[Array, ""]  # new tokens of a row
-
-
-@partial(jax.jit, static_argnames=("graphdef", "vocabulary", "capacity", "stored"))
-def _prefill(
-    graphdef: nnx.GraphDef, parameters: PyTree, tokens: Int[Array, "B P"], lengths: Int[Array, "B"],
-    seen: Bool[Array, "B V"], seeds: UInt[Array, "B"], how: Sampling, *, vocabulary: int, capacity: int, stored: str,
-) -> _State:
-    model = apply(graphdef, parameters)
-    states, cache = caches.prefill(model, tokens, lengths, capacity, stored)
-    last = jax.vmap(lambda row, n: row[n - 1])(states, lengths)
-    before = _State(cache, tokens[:, 0], seen, jax.vmap(jax.random.key)(seeds), jnp.int32(0))
-    return _next(model, last[:, None], before, cache, how, vocabulary)
-
-
-@partial(jax.jit, static_argnames=("graphdef", "vocabulary"), donate_argnames="state")
-def _decode(
-    graphdef: nnx.GraphDef, parameters: PyTree, state: _State, done: Bool[Array, "B"], steps: int | Array,
-    how: Sampling, eod: int | Array, *, vocabulary: int,
-) -> tuple[_State, Int[Array, "B n"]]:
-    """At most `steps` tokens more; none when every row is done."""
-    model = apply(graphdef, parameters)
-
-    def step(carry: tuple) -> tuple:
-        i, state, done, tokens = carry
-        states, cache = caches.decode(model, state.token, state.cache)
-        state = _next(model, states, state, cache, how, vocabulary)
-        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, state.token[:, None], i, axis=1)
-        return i + 1, state, done | (state.token == eod), tokens
-
-    tokens = jnp.full((state.token.shape[0], CHUNK), eod, jnp.int32)
-    going = lambda carry: (carry[0] < steps) & ~jnp.all(carry[2])  # noqa: E731
-    _, state, _, tokens = jax.lax.while_loop(going, step, (jnp.int32(0), state, done, tokens))
-    return state, tokens
-
-
-def _next(
-    model: Transformer, states: Array, state: _State, cache: caches.Cache, how: Sampling, vocabulary: int
-) -> _State:
-    """After the token that follows these states is drawn."""
-    logits = gathered(model.logits(states)[:, 0])
-    keys = jax.vmap(lambda key: jax.random.fold_in(key, state.drawn))(state.keys)
-    token = draw(logits, state.seen, keys, how, vocabulary)
-    seen = state.seen | (jnp.arange(logits.shape[1])[None] == token[:, None])
-    return _State(cache, token, seen, state.keys, state.drawn + 1)

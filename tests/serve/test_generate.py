@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import TERNARY, trained
+from helpers import TERNARY, smollm2, trained
 from transformers import AutoModelForCausalLM
 
 import spectra_jax
 from spectra_jax.errors import UserError
 from spectra_jax.interop import hf
+from spectra_jax.interop.importing import import_model
 from spectra_jax.model.parameters import apply
 from spectra_jax.schema import Mesh
 from spectra_jax.serve import generate as module
@@ -71,6 +72,18 @@ def test_transformers_writes_the_same(tmp_path):
         assert found.tokens == expected[: len(found.tokens)] and len(found.tokens) >= 4
 
 
+@pytest.mark.slow
+def test_a_pretrained_model_writes_what_transformers_write(tmp_path):
+    """SmolLM2-135M: thirty layers, three query heads to a key head, tied embeddings; a batch of unequal prompts."""
+    run = str(import_model(smollm2(), tmp_path / "run"))
+    theirs, ours = AutoModelForCausalLM.from_pretrained(hf.export(run, tmp_path / "export")), spectra_jax.load(run)
+    prompts = ["The capital of France is", "def fibonacci(n):", "Once upon a time there was a naïve whale", "1, 2, 3,"]
+    for prompt, found in zip(prompts, ours.generate(prompts, max_new_tokens=32, temperature=0)):
+        ids = torch.tensor(ours.tokenizer.encode_batch([prompt])[0])[None].long()
+        expected = theirs.generate(ids, max_new_tokens=32, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
+        assert found.tokens == expected
+
+
 @pytest.mark.parametrize("mesh", [Mesh(1, 4, 2), Mesh(2, 4, 1)], ids=str)
 def test_on_a_mesh(make, model, mesh):
     """Three rows and five of padding, or so."""
@@ -91,6 +104,15 @@ def test_a_row_does_not_depend_on_the_others(model, monkeypatch, options):
     assert len(model._batches(PROMPTS, 12, (), 0)) == 2
     assert model.generate(PROMPTS, seed=5, **options) == together
     assert together != model.generate(PROMPTS, seed=6, **options)
+
+
+def test_every_choice_is_a_new_one(make):
+    """Where all tokens are equally likely, rows and steps differ."""
+    loaded = make()
+    even = with_head(loaded, 0.0 * loaded.parameters["head"])
+    found = even.generate(["a"] * 4, max_new_tokens=20, temperature=1, top_k=0)
+    drawn = [token for completion in found for token in completion.tokens]
+    assert len(drawn) > 40 and len(set(drawn)) > 0.75 * len(drawn)
 
 
 def test_penalised_tokens_come_less_often(model):
