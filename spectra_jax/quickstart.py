@@ -21,7 +21,7 @@ from spectra_jax.evaluate.report import evaluate_sets
 from spectra_jax.model.matrices import stacked_codes, stacked_statistics
 from spectra_jax.model.parameters import block_matrices
 from spectra_jax.quantize.pipeline import quantize
-from spectra_jax.serve.generate import complete
+from spectra_jax.serve.generate import Generator
 from spectra_jax.serve.load import Loaded, load
 from spectra_jax.train.loop import train
 
@@ -112,7 +112,8 @@ def compare_row(model: Loaded, data: Path) -> dict:
     quality = evaluate_sets(model, [str(data)])[str(data)]
     # Below the usual 0.8: a young model's unlikely tokens are mostly pieces that make no word.
     asked = PROMPTS if c.family != "QuantLM" else ()
-    written = [complete(model, prompt, new_tokens=48, temperature=0.5) for prompt in asked]
+    found = Generator(model).generate(asked, max_new_tokens=48, temperature=0.5) if asked else []
+    written = [prompt + one.text for prompt, one in zip(asked, found)]
     return {**row(name, model, quality), "completions": written}
 
 

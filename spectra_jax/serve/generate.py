@@ -243,14 +243,6 @@ class Generator:
             return state, np.asarray(tokens)[:, :steps]
 
 
-def complete(
-    model: Loaded, prompt: str, *, new_tokens: int = 64, temperature: float = 0.8, top_k: int = 40, seed: int = 0
-) -> str:
-    """`prompt` and its continuation."""
-    options = {"temperature": temperature, "top_k": top_k, "seed": seed}
-    return prompt + Generator(model).generate([prompt], max_new_tokens=new_tokens, **options)[0].text
-
-
 def rounded_up(n: int) -> int:
     """The first of 16, 32, 48, 64, 96, 128, 192, 256, ... that is not below `n`: few shapes to compile."""
     step = max(16, 1 << max((n - 1).bit_length() - 2, 0))
