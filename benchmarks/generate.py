@@ -1,4 +1,4 @@
-"""Generation on this machine: tokens per second of a prompt and of what follows, and peak memory.
+r"""Generation on this machine: tokens per second of a prompt and of what follows, and peak memory.
 
     python benchmarks/generate.py [--sizes=99m,390m] [--rounds=3] [--contenders=unpacked,packed,...]
 
@@ -7,7 +7,14 @@ sequence at a time. Each contender runs in a process of its own with as many thr
 
     unpacked       ours, dense matrices in float32
     packed         ours, ternary matrices at 2 bits, by the implementation that `--weights=packed` takes here
+    packed8        the same with `--head=int8`
     transformers   LlamaForCausalLM of the same shape in float32, PyTorch eager, with its own key-value cache
+    llamacpp       `spectra export --to=gguf`'s file in llama.cpp: matrices TQ2_0, embedding and head Q8_0
+
+llama.cpp is as fast as it was compiled to be. For this processor's own instructions, once:
+
+    CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-binary=llama-cpp-python --force-reinstall --no-deps \
+        llama-cpp-python==0.3.36
 
 Rates are medians over rounds after one that is not counted (it compiles). Ratios are to the first contender. The peak
 is that of the resident memory while a contender generates, weights included (Linux). The last line is JSON.
@@ -16,10 +23,14 @@ is that of the resident memory while a contender generates, weights included (Li
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +64,11 @@ def packed(m: Model) -> Run:
     return ours(random_model(replace(m, weight="ternary")), weights="packed")
 
 
+def packed8(m: Model) -> Run:
+    """Ours: ternary matrices at 2 bits, the head at 8."""
+    return ours(random_model(replace(m, weight="ternary")), weights="packed", head="int8")
+
+
 def random_model(m: Model):
     """A model as `load` gives it, whose end of a document never comes."""
     import jax
@@ -77,11 +93,11 @@ def random_model(m: Model):
         return Loaded(config, mesh, trees.graphdef_of(m), trees.freeze(m, drawn), tokenizer, 0, {})
 
 
-def ours(loaded, *, weights: str) -> Run:
+def ours(loaded, **kinds: str) -> Run:
     """What `spectra generate` runs."""
     from spectra_jax.serve.generate import Generator, Speed
 
-    generator = Generator(loaded, weights=weights, release=True)
+    generator = Generator(loaded, **kinds, release=True)
 
     def run() -> tuple[float, float]:
         generator.speed = Speed()
@@ -118,7 +134,53 @@ def transformers(m: Model) -> Run:
     return run
 
 
-CONTENDERS: dict[str, Callable[[Model], Run]] = {"unpacked": unpacked, "packed": packed, "transformers": transformers}
+def llamacpp(m: Model) -> Run:
+    """llama.cpp by its Python binding's own loop, without sampling."""
+    import llama_cpp
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.gguf"
+        shape = json.dumps(asdict(replace(m, weight="ternary")))
+        subprocess.run([sys.executable, __file__, "--gguf", shape, str(file)], check=True)
+        cores = len(os.sched_getaffinity(0))
+        options = {"n_ctx": PROMPT + NEW, "n_batch": PROMPT, "n_ubatch": PROMPT, "verbose": False}
+        model = llama_cpp.Llama(str(file), n_threads=cores, n_threads_batch=cores, use_mmap=False, **options)
+
+    def likeliest() -> int:
+        return int(np.argmax(np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(model.ctx, -1), (m.V,))))
+
+    def run() -> tuple[float, float]:
+        model.reset()
+        started = time.perf_counter()
+        model.eval(prompt())
+        token = likeliest()
+        read = time.perf_counter()
+        for _ in range(NEW - 1):
+            model.eval([token])
+            token = likeliest()
+        return read - started, time.perf_counter() - read
+
+    return run
+
+
+def write_gguf(m: Model, file: str) -> None:
+    """In a process of its own, so that what it takes is not counted."""
+    from spectra_jax import config
+    from spectra_jax.interop import gguf_export
+    from spectra_jax.made import write_made
+    from spectra_jax.record import make_record
+
+    loaded, run = random_model(m), Path(file).with_suffix(".run")
+    record = make_record(config.to_dict(loaded.config), None, "")
+    tokenizer = run.with_suffix(".json")
+    loaded.tokenizer.save(tokenizer)
+    write_made(run, loaded.config, loaded.parameters, record, tokenizer.read_text("utf-8"))
+    gguf_export.export(str(run), file)
+
+
+CONTENDERS: dict[str, Callable[[Model], Run]] = {
+    "unpacked": unpacked, "packed": packed, "packed8": packed8, "transformers": transformers, "llamacpp": llamacpp,
+}
 
 
 def measure(contender: str, m: Model, rounds: int) -> dict[str, float]:
@@ -140,7 +202,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="(default %(default)s)")
     parser.add_argument("--contenders", default=",".join(CONTENDERS), help="(default %(default)s)")
     parser.add_argument("--layers", type=int, default=None, help="instead of the size's own, to try something out")
+    parser.add_argument("--gguf", nargs=2, metavar=("SHAPE", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.gguf:
+        return write_gguf(Model(**json.loads(args.gguf[0])), args.gguf[1])
     rows, context = [], multiprocessing.get_context("spawn")
     print(f"{'size':>6} {'contender':>13} {'prefill/s':>10} {'ratio':>6} {'decode/s':>9} {'ratio':>6} {'peak MiB':>9} "
           f"{'ratio':>6}")

@@ -1,6 +1,6 @@
 // The product of activations with a packed ternary matrix, y (M, n) = x (M, m) (scale * code), as an XLA custom call.
 //
-// The matrix is in spans of 256 inputs of one output: 64 bytes, codes plus 1 in 2 bits,
+// The matrix is in spans of 256 inputs of one output: 64 bytes, codes (-2 to 1) plus 2 in 2 bits,
 //
 //     byte b of the span, bits   7 6 | 5 4 | 3 2 | 1 0
 //     input of the span       192 + b | 128 + b | 64 + b | b
@@ -10,8 +10,8 @@
 //
 // Activations become whole numbers of one step per block of inputs, each written in one or two digits of 8 bits,
 // x = step (128 high + low); a digit is one more row of int8. The processor multiplies unsigned codes with signed
-// digits and adds in int32, without rounding; as codes are stored plus 1, the sum of the block's activations is taken
-// off. So all paths give the same bits.
+// digits and adds in int32, without rounding; as codes are stored plus 2, the sum of the block's activations is taken
+// off twice. So all paths give the same bits.
 //
 // XLA's own threads claim the work in chunks. The caller computes what nobody has claimed and never waits for a thread
 // that has not begun, so callers that occupy all threads cannot block each other.
@@ -45,11 +45,11 @@ constexpr int64_t kSpan = 256, kSpanBytes = 64;  // inputs, and the bytes that h
 constexpr int64_t kOutputs = 4;                  // of a tile
 constexpr int64_t kDigitRows = 6;                // of a tile, at most: 24 sums in 32 registers
 constexpr int64_t kBlock = 1024;                 // inputs that share a step where there is one digit
-constexpr int64_t kLargestBlock = 65536;         // 127 * 128 * 65536 < 2^31
+constexpr int64_t kLargestBlock = 65536;         // 2 * 127 * 128 * 65536 < 2^31
 constexpr int64_t kChunkBytes = 1 << 16;         // of the matrix, for a thread at a time
 constexpr int64_t kAhead = 4096;                 // bytes from what is read to what is prefetched
 
-// ---- Tiles: sums over spans of (code + 1) digit, for 4 outputs and X rows of digits, `stride` apart. ----
+// ---- Tiles: sums over spans of (code + 2) digit, for 4 outputs and X rows of digits, `stride` apart. ----
 
 using Tile = void (*)(const uint8_t* w, const int8_t* x, int64_t stride, int64_t spans, int32_t out[][kOutputs]);
 
@@ -107,7 +107,7 @@ AVX2 INLINE void Add(__m256i (&sums)[X][kOutputs], const uint8_t* w, const int8_
   }
 }
 
-// Sums of 16 bits hold 4 spans: 2 halves, 4 quarters and 2 products of at most 2 * 128 each make 16384.
+// Sums of 16 bits hold 4 spans: 2 halves, 4 quarters and 2 products of at most 3 * 128 each make 24576.
 template <int X>
 AVX2 void Avx2Tile(const uint8_t* w, const int8_t* x, int64_t stride, int64_t spans, int32_t out[][kOutputs]) {
   __m256i totals[X][kOutputs];
@@ -341,7 +341,7 @@ struct Product {
             // Unsigned, as it may pass 2^31 on the way to a result that does not.
             const uint32_t sum = x.digits == 2 ? 128u * out[2 * k][r] + out[2 * k + 1][r] : out[k][r];
             const float scale = groups ? groups[b * s + std::min(j + r, n - 1) * s / n] : 1;
-            sums[k][r] += static_cast<float>(static_cast<int32_t>(sum - x.sums[block])) * x.steps[block] * scale;
+            sums[k][r] += static_cast<float>(static_cast<int32_t>(sum - 2u * x.sums[block])) * x.steps[block] * scale;
           }
         }
       }

@@ -39,7 +39,7 @@ def _spans(codes: Int8[Array, "*L m n"]) -> UInt8[Array, "*L o b"]:
     *lead, m, n = codes.shape
     filled = jnp.pad(codes, [(0, 0)] * len(lead) + [(0, -m % SPAN), (0, -n % OUTPUTS)])
     rows = jnp.swapaxes(filled, -1, -2).reshape(*lead, -(-n // OUTPUTS), OUTPUTS, -1, 4, LINE)
-    a, b, c, d = ((rows[..., j, :] + 1).astype(jnp.uint8) << 2 * j for j in range(4))
+    a, b, c, d = ((rows[..., j, :] + 2).astype(jnp.uint8) << 2 * j for j in range(4))
     return jnp.swapaxes(a | b | c | d, -2, -3).reshape(*lead, -(-n // OUTPUTS), -1)
 
 
@@ -53,7 +53,7 @@ def _rows(weights: Packed) -> Int8[Array, "*L n m"]:
     *lead, outputs, _ = weights.data.shape
     spans = jnp.swapaxes(weights.data.reshape(*lead, outputs, -1, OUTPUTS, LINE), -2, -3)
     spans = jax.lax.optimization_barrier(spans)
-    quarters = [(spans >> 2 * j & 3).astype(jnp.int8) - jnp.int8(1) for j in range(4)]
+    quarters = [(spans >> 2 * j & 3).astype(jnp.int8) - jnp.int8(2) for j in range(4)]
     return jnp.concatenate(quarters, -1).reshape(*lead, outputs * OUTPUTS, -1)[..., : weights.n, : weights.m]
 
 

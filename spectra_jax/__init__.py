@@ -5,17 +5,22 @@
 """
 
 
-def load(checkpoint: str, *, weights: str = "dense", cache: str = "auto", devices=None):
+def load(
+    checkpoint: str, *, weights: str = "dense", head: str = "dense", cache: str = "auto", devices=None,
+    model_parallel: int = 1,
+):
     """A checkpoint of any family, ready to write text: a `spectra_jax.serve.generate.Generator`.
 
     Args:
       checkpoint: WORKDIR[@STEP], by default the newest step.
       weights: "dense", or "packed" for ternary and binary matrices at 2 bits (see `Generator`).
+      head: "dense", or "int8" for 8 bits on CPUs.
       cache: "auto" holds keys and values in the compute dtype, "int8" in 8 bits.
-      devices: where to; by default the first one.
+      devices: where to; by default the first `model_parallel`.
+      model_parallel: devices that share a matrix and the heads.
 
     Raises:
-      UserError: no such run or step, another kind of cache, or weights that cannot be had.
+      UserError: no such run or step, another kind of cache or head, or weights that cannot be had.
     """
     # Not at the head: whoever needs an error class or the parser of the command line should not wait for JAX.
     import jax
@@ -23,4 +28,5 @@ def load(checkpoint: str, *, weights: str = "dense", cache: str = "auto", device
     from spectra_jax.serve.generate import Generator
     from spectra_jax.serve.load import load
 
-    return Generator(load(checkpoint, devices=devices or jax.devices()[:1]), weights=weights, cache=cache, release=True)
+    loaded = load(checkpoint, devices=devices or jax.devices()[:model_parallel], model_parallel=model_parallel)
+    return Generator(loaded, weights=weights, head=head, cache=cache, release=True)

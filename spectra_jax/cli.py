@@ -82,7 +82,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     print(evaluate_checkpoint(
         args.checkpoint, args.sets, args.split, args.sequences, texts=args.texts, context=args.context,
-        stride=args.stride, text_key=args.text_key, tasks=args.tasks, limit=args.limit,
+        stride=args.stride, text_key=args.text_key, tasks=args.tasks, limit=args.limit, weights=args.weights,
     ))
 
 
@@ -109,8 +109,9 @@ def generate(args: argparse.Namespace) -> None:
         "max_new_tokens": args.tokens, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
         "min_p": args.min_p, "repetition_penalty": args.repetition_penalty, "stop": args.stop, "seed": args.seed,
     }
-    loaded = load(args.checkpoint, devices=jax.devices()[:1])
-    model = Generator(loaded, weights=args.weights, cache=args.cache, release=True)
+    n = args.model_parallel
+    loaded = load(args.checkpoint, devices=jax.devices()[:n], model_parallel=n)
+    model = Generator(loaded, weights=args.weights, head=args.head, cache=args.cache, release=True)
     if prompts is not None:
         terminal.write_all(model, prompts, options)
     elif args.prompt is None and sys.stdin.isatty():

@@ -156,6 +156,8 @@ def _using_models(add: Callable) -> None:
     arg("--stride", type=int, default=None, help="tokens from window to window (default: half the context)")
     arg("--tasks", nargs="*", default=(), metavar="FILE.jsonl", help="questions answered by log-likelihood")
     arg("--limit", type=int, default=None, help="at most so many items per task (default: all)")
+    arg("--weights", default="dense", help="dense, or packed: by the packed product, as generate has it (default "
+        "%(default)s)")
 
     arg = add(
         "harness", "Run tasks of lm-evaluation-harness on a checkpoint.",
@@ -191,7 +193,9 @@ def _using_models(add: Callable) -> None:
         "%(default)s)")
     arg("--weights", default="dense", help="dense, or packed: ternary and binary matrices multiplied at 2 bits (or a "
         "kernel by name: tpu, gpu, cpu, xla; default %(default)s)")
+    arg("--head", default="dense", help="dense, or int8: the last matrix in 8 bits, on CPUs (default %(default)s)")
     arg("--cache", default="auto", help="keys and values: auto, or int8 to save memory (default %(default)s)")
+    arg("--model-parallel", type=int, default=1, metavar="N", help="devices that share a matrix (default %(default)s)")
 
     arg = add("pack", "Make a run of a ternary, binary or quantized one that is as small as its bits.",
               "Example:\n  spectra pack --checkpoint=runs/tri --out=runs/tri-packed --trits")

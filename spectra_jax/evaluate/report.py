@@ -1,6 +1,7 @@
 """`spectra evaluate`: the quality of a checkpoint on prepared sets, texts and questions, as tables."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 
@@ -11,6 +12,7 @@ from spectra_jax.evaluate.tasks import TaskQuality, evaluate_tasks, read_items
 from spectra_jax.evaluate.windows import TextQuality, evaluate_texts
 from spectra_jax.serve.load import Loaded, load
 from spectra_jax.sharding import batch_sharding
+from spectra_jax.weights.prepared import prepare
 
 
 def evaluate_sets(
@@ -37,7 +39,7 @@ def evaluate_sets(
 def evaluate_checkpoint(
     checkpoint: str, sets: Sequence[str] | None, split: str, sequences: int | None, *,
     texts: Sequence[str] = (), context: int | None = None, stride: int | None = None, text_key: str = "text",
-    tasks: Sequence[str] = (), limit: int | None = None,
+    tasks: Sequence[str] = (), limit: int | None = None, weights: str = "dense",
 ) -> str:
     """Tables with standard errors: prepared sets, whole texts, tasks, each where it is asked for.
 
@@ -45,14 +47,19 @@ def evaluate_checkpoint(
       sets: prepared sets; by default, where there are no texts and tasks either, those the model was trained on.
       texts: sources of documents as `spectra prepare` takes them, evaluated by windows of `context` and `stride`.
       tasks: files of questions; the first `limit` of each task.
+      weights: "dense", or by the packed product (`weights/prepared.py`).
 
     Raises:
-      UserError: as `load`, `evaluate_sets`, `evaluate_texts`, `read_items` and `evaluate_tasks`.
+      UserError: as `load`, `prepare`, `evaluate_sets`, `evaluate_texts`, `read_items` and `evaluate_tasks`.
     """
     paths = sources.expand(texts) if texts else []
     items = [item for path in tasks for item in read_items(path, limit)]
     model = load(checkpoint)
-    title, parts = f"{model.config.family} {model.config.name}, step {model.step}", []
+    with jax.set_mesh(model.mesh):
+        parameters, by = prepare(model.parameters, weights)
+    model, parts = replace(model, parameters=parameters), []
+    title = f"{model.config.family} {model.config.name}, step {model.step}"
+    title += f", weights by {by!r}" if weights != "dense" else ""
     if sets or not (texts or tasks):
         title += f", split {split}"
         names = sets or [path for path, _ in model.config.mixture]

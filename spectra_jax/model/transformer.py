@@ -19,6 +19,8 @@ from spectra_jax.model.matrices import MATRICES, Key, shards_of, stacked_statist
 from spectra_jax.schema import Model
 from spectra_jax.sharding import Rules, gathered
 from spectra_jax.weights import get_rule
+from spectra_jax.weights.form import Form
+from spectra_jax.weights.frozen import matmul
 from spectra_jax.weights.rule import Statistics
 
 Scales = dict[Key, Statistics | None]
@@ -186,10 +188,13 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """What the head makes of the states of `hidden`."""
+        spec = self.rules("batch", "time", "vocab")
+        if not self.m.tie_embeddings and isinstance(head := self.head.get_value(), Form):
+            return matmul(hidden.astype(jnp.float32), head, spec)
         return jnp.einsum(
             "btd,dv->btv",
             hidden,
             self.head_matrix().astype(hidden.dtype),
             preferred_element_type=jnp.float32,
-            out_sharding=self.rules("batch", "time", "vocab"),
+            out_sharding=spec,
         )

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int32
 from spectra_jax.errors import UserError, one_of
 from spectra_jax.serve import programs
 from spectra_jax.serve.cache import STORED
+from spectra_jax.serve.head import HEADS, in_bytes
 from spectra_jax.serve.layers import by_layer
 from spectra_jax.serve.load import Loaded
 from spectra_jax.serve.sampling import Sampling
@@ -84,26 +85,29 @@ class Generator:
     batch to tell which dims are outliers, so that there other rows do matter.)
     """
 
-    def __init__(self, model: Loaded, *, weights: str = "dense", cache: str = "auto", release: bool = False):
+    def __init__(
+        self, model: Loaded, *, weights: str = "dense", head: str = "dense", cache: str = "auto", release: bool = False
+    ):
         """Makes its own arrangement of the weights (`serve/layers.py`).
 
         Args:
           weights: "dense" multiplies by matrices in the compute dtype, "packed" by ternary and binary ones at 2 bits,
             with the first implementation of `pallas_kernels` that serves here; or the name of one.
+          head: "dense" multiplies by it in the compute dtype, "int8" in 8 bits, on CPUs.
           cache: "auto" holds keys and values in the compute dtype, "int8" in 8 bits.
           release: takes the weights from `model`, which cannot be used afterwards: half the memory.
 
         Raises:
-          UserError: another kind of cache, or weights that cannot be had; the message says why.
+          UserError: another kind of cache or head, or weights that cannot be had; the message says why.
         """
         self.config, self.mesh, self.tokenizer = model.config, model.mesh, model.tokenizer
         self.speed = Speed()
         self._cache, self._graphdef = one_of(cache, STORED, "cache"), model.graphdef
         with jax.set_mesh(self.mesh):
-            parameters, self.weights = model.parameters, weights
-            if weights != "dense":
-                parameters, self.weights = prepare(parameters, None if weights == "packed" else weights)
+            parameters, self.weights = prepare(model.parameters, weights)
             self._parameters = by_layer(self.config.model, parameters, release=release)
+            if one_of(head, HEADS, "head") == "int8":
+                self._parameters["head"] = in_bytes(self._parameters, release=release)
         self._compiled: set[tuple] = set()
 
     def generate(

@@ -21,7 +21,7 @@ from spectra_jax.sharding import make_mesh
 from spectra_jax.stored import abstract, parse_checkpoint, record_of
 from spectra_jax.train.workdir import read_config
 from spectra_jax.weights.form import is_form, part_sharding, skeleton
-from spectra_jax.weights.packed import unpack
+from spectra_jax.weights.packed import spread, unpack
 
 EVALUATION_BATCH = 8  # sequences per device: enough to be quick, small enough for any machine
 
@@ -39,12 +39,15 @@ class Loaded:
     record: dict[str, Any]
 
 
-def load(checkpoint: str, *, latent: bool = False, devices: Sequence[jax.Device] | None = None) -> Loaded:
+def load(
+    checkpoint: str, *, latent: bool = False, devices: Sequence[jax.Device] | None = None, model_parallel: int = 1
+) -> Loaded:
     """Loads `WORKDIR[@STEP]`, by default the newest step, spread over the devices of this machine.
 
     Args:
       latent: keep latent weights instead of freezing them to codes and scales.
       devices: where to; by default all. The mesh that the model was trained on does not matter.
+      model_parallel: devices that share a matrix and the heads (the mesh's "model" axis).
 
     Raises:
       UserError: no such run or step, or the checkpoint does not fit its config.
@@ -53,7 +56,7 @@ def load(checkpoint: str, *, latent: bool = False, devices: Sequence[jax.Device]
     config = read_config(workdir)
     devices = list(devices or jax.devices())
     sized = replace(config.data, batch=EVALUATION_BATCH * len(devices))
-    config = replace(config, mesh=Mesh(), data=sized, train=replace(config.train, accumulate=1))
+    config = replace(config, mesh=Mesh(model=model_parallel), data=sized, train=replace(config.train, accumulate=1))
     mesh = make_mesh(config, devices)
     checkpoints = Checkpoints(workdir)
     step = checkpoints.chosen(step)[-1]
@@ -79,7 +82,8 @@ def _restore_forms(checkpoints: Checkpoints, step: int, like: PyTree, forms: dic
     as_stored = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, _float_dtype(arrays, path), sharding=leaf.sharding), like
     )
-    restored = checkpoints.restore_parameters(step, skeleton(forms, arrays, as_stored, _part_of_form))
+    shapes = spread(skeleton(forms, arrays, as_stored, _part_of_form), like)
+    restored = checkpoints.restore_parameters(step, shapes)
     restored = jax.tree.map(lambda x: x if is_form(x) else x.astype(jnp.float32), restored, is_leaf=is_form)
     return unpack(restored, like)
 

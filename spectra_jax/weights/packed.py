@@ -9,12 +9,15 @@ All but `trit` are one stream of bits along the inputs of an output, lowest bits
 inputs; int2 is then the canonical storage of `pallas_kernels`, and so is trit.
 """
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
+from math import prod
 from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree, Shaped, UInt8
 
 from pallas_kernels import api
@@ -108,17 +111,51 @@ def pack(parameters: PyTree, *, trits: bool = False) -> PyTree:
     return jax.tree.map(of, parameters, is_leaf=is_form)
 
 
-def unpack(parameters: PyTree, like: PyTree) -> PyTree:
-    """The parameters with nothing packed, each array spread over devices like its matrix if it has that shape.
+def spread(shapes: PyTree, like: PyTree) -> PyTree:
+    """The shapes of packed parameters with every packed array spread over devices like its matrix.
+
+    Each device then reads and unpacks its own part. Inputs are not divided where a part would not be whole bytes.
 
     Args:
       like: the model's parameters before quantization, or their shapes and shardings.
     """
 
+    def of(node: Bits, matrix: Array | jax.ShapeDtypeStruct) -> Bits:
+        sharding = jax.NamedSharding(matrix.sharding.mesh, _spec(node, matrix))
+        return replace(node, data=jax.ShapeDtypeStruct(node.data.shape, node.data.dtype, sharding=sharding))
+
+    return _each_packed(of, shapes, like)
+
+
+def unpack(parameters: PyTree, like: PyTree) -> PyTree:
+    """The parameters with nothing packed, each array spread over devices like its matrix if it has that shape.
+
+    Args:
+      like: as above.
+    """
+
+    def of(node: Bits, matrix: Array | jax.ShapeDtypeStruct) -> Array:
+        if not in_mesh():
+            return jax.jit(Bits.unpacked)(node)
+        return _unpacked(node, _spec(node, matrix), matrix.sharding.spec if _whole(node, matrix) else P())
+
+    return _each_packed(of, parameters, like)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _unpacked(node: Bits, parts: P, spec: P) -> Shaped[Array, "*L m n"]:
+    """Every device its part, then to where the array is wanted."""
+    inputs = node.m // _devices(parts, -2)
+    run = jax.shard_map(lambda data: replace(node, data=data, m=inputs).unpacked(), in_specs=parts, out_specs=parts)
+    return gathered(run(gathered(node.data, parts)), spec)
+
+
+def _each_packed(f: Callable, parameters: PyTree, like: PyTree) -> PyTree:
+    """With `f` of every packed array and the matrix that it belongs to."""
+
     def of(node: PyTree, matrix: Array | jax.ShapeDtypeStruct) -> PyTree:
         if isinstance(node, Bits):
-            whole = matrix.shape[-2:] == (node.m, node.data.shape[-1])
-            return _unpacked(node, matrix.sharding.spec if whole and in_mesh() else None)
+            return f(node, matrix)
         if not is_form(node):
             return node
         values = {f.name: getattr(node, f.name) for f in fields(node)}
@@ -127,6 +164,23 @@ def unpack(parameters: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda matrix, node: of(node, matrix), like, parameters)
 
 
-@partial(jax.jit, static_argnums=1)
-def _unpacked(node: Bits, spec: jax.sharding.PartitionSpec | None) -> Shaped[Array, "*L m n"]:
-    return gathered(replace(node, data=gathered(node.data)).unpacked(), spec)
+def _whole(node: Bits, matrix: Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether the array has the shape of its matrix."""
+    return matrix.shape[-2:] == (node.m, node.data.shape[-1])
+
+
+def _spec(node: Bits, matrix: Array | jax.ShapeDtypeStruct) -> P:
+    """Where the packed bytes are."""
+    if not _whole(node, matrix):
+        return P()
+    axes = tuple(matrix.sharding.spec)
+    *lead, inputs, outputs = axes + (None,) * (len(matrix.shape) - len(axes))
+    run = 5 if node.kind == "trit" else RUN
+    return P(*lead, None if node.m % (run * _devices(P(inputs), 0)) else inputs, outputs)
+
+
+def _devices(spec: P, dim: int) -> int:
+    """Parts that a dim is in."""
+    axes = spec[dim] if len(spec) else None  # P() is one whole
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)

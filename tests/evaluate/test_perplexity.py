@@ -118,6 +118,18 @@ def test_the_table():
     assert evaluate_checkpoint(f"{workdir}@4", None, "validation", 8).startswith("FloatLM run, step 4, split valid")
 
 
+def test_by_packed_weights():
+    """On all devices, each with a part of the rows, against float matrices."""
+    titles, losses = zip(*(
+        (lines[0], float(lines[2].replace(",", "").split()[2])) for lines in (
+            evaluate_checkpoint(str(trained(*TERNARY)), None, "validation", 16, weights=weights).splitlines()
+            for weights in ("dense", "packed")
+        )
+    ))
+    assert "weights" not in titles[0] and "weights by 'cpu'" in titles[1]
+    assert losses[1] == pytest.approx(losses[0], abs=2e-4)
+
+
 # Loading
 
 

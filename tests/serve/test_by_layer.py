@@ -76,7 +76,8 @@ def test_rounding_of_activations_stays(make):
 
 def test_a_form_with_a_product_of_its_own_is_kept(make):
     model = make("ternary")
-    packed = replace(model, parameters=prepare(model.parameters, "xla")[0])
+    with jax.set_mesh(model.mesh):
+        packed = replace(model, parameters=prepare(model.parameters, "xla")[0])
     found = by_layer(model.config.model, packed.parameters)["blocks"]["attention"]["q"]["w"]
     assert [type(w) for w in found] == [Prepared, Prepared]
     options = {"max_new_tokens": 8, "temperature": 0}

@@ -4,13 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import api
 from spectra_jax.quantize.rtn import rtn
 from spectra_jax.schema import Quantize
 from spectra_jax.weights.frozen import Frozen
 from spectra_jax.weights.masked import Masked
-from spectra_jax.weights.packed import Bits, bits, pack, unpack
+from spectra_jax.weights.packed import Bits, bits, pack, spread, unpack
 
 KINDS = {
     "int2": (-2, 2, np.int8), "int3": (-4, 4, np.int8), "int5": (-16, 16, np.int8), "int8": (-128, 128, np.int8),
@@ -70,3 +72,19 @@ def test_every_form_comes_back_the_same(rng):
         back = unpack(small, {"w": jnp.zeros((64, 48))})["w"]
         assert jax.tree.structure(back) == jax.tree.structure(form)
         assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(*map(jax.tree.leaves, (back, form))))
+
+
+@pytest.mark.parametrize(("trits", "inputs", "held"), [(False, 64, (8, 24)), (False, 36, (10, 24)), (True, 40, (4, 24)),
+                                                       (True, 32, (7, 24))])
+def test_every_device_reads_its_part(rng, trits, inputs, held):
+    """Of 2 by 2 devices; where half the inputs are no whole bytes, all of them."""
+    w = jnp.asarray(rng.integers(-1, 2, (2, inputs, 48)), jnp.int8)
+    mesh = jax.make_mesh((2, 2), ("data", "model"))
+    like = jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=NamedSharding(mesh, P(None, "data", "model")))
+    packed = pack({"w": Frozen(w, jnp.ones((2, 1)), axis=1)}, trits=trits)
+    with jax.set_mesh(mesh):
+        shapes = spread(jax.eval_shape(lambda: packed), {"w": like})
+        there = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding or NamedSharding(mesh, P())), packed, shapes)
+        found = unpack(there, {"w": like})["w"].codes
+    assert there["w"].codes.data.addressable_shards[0].data.shape == (2, *held)
+    assert np.array_equal(found, w) and found.sharding.spec == like.sharding.spec

@@ -29,7 +29,7 @@ def test_the_same_logits(family):
 
 def test_misfits_are_refused():
     with pytest.raises(UserError, match="ternary and binary models; this one has no such matrix"):
-        prepare(load(str(trained())).parameters)
+        prepare(load(str(trained())).parameters, "packed")
     model = load(str(trained(*TERNARY)), devices=jax.devices()[:1])
     with pytest.raises(UserError, match="no implementation 'cuda'; there are .*; use another"):
         prepare(model.parameters, "cuda")
