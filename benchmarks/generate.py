@@ -38,7 +38,7 @@ import numpy as np
 from spectra_jax.schema import Config, Data, Model
 from spectra_jax.suite import SIZES
 
-PROMPT, NEW, IDS = 512, 64, 257  # tokens of the prompt and after it; ids that the prompt is drawn from
+PROMPT, NEW, IDS = 512, 64, 258  # tokens of the prompt and after it; ids that the prompt is drawn from
 
 Run = Callable[[], tuple[float, float]]  # reads and writes once: seconds of the prompt, seconds of the rest
 
@@ -79,7 +79,7 @@ def random_model(m: Model):
     from spectra_jax.serve.load import Loaded
     from spectra_jax.sharding import make_mesh
 
-    config, tokenizer = Config(model=m, data=Data(T=PROMPT + NEW, batch=1)), tokenizers.train(["a"], IDS)
+    config, tokenizer = Config(model=m, data=Data(T=PROMPT + NEW, batch=1)), tokenizers.train(["aa aa"], IDS)
     mesh, rng = make_mesh(config, jax.devices()[:1]), np.random.default_rng(0)
     with jax.set_mesh(mesh):
         like = jax.eval_shape(lambda key: trees.init_parameters(m, key), jax.random.key(0))

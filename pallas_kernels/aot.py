@@ -37,8 +37,8 @@ SIDE, BLOCKS = 4096, (4096, 512)  # of the matrix whose loop is counted: 8 steps
 BATCHES = (8, 16, 32, 64, 128)
 
 
-def device(generation: str) -> jax.Device:
-    """A device of a TPU of this generation that is not there, to compile for.
+def devices(generation: str) -> list[jax.Device]:
+    """The devices of a host of TPUs of this generation that is not there, to compile for.
 
     Raises:
       ImportError: libtpu is not installed.
@@ -48,7 +48,7 @@ def device(generation: str) -> jax.Device:
     # libtpu asks the cloud what machine this is, for minutes where there is none, and locks out a second process.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation]).devices[0]
+    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation]).devices
 
 
 def compiled(
@@ -61,7 +61,7 @@ def compiled(
     **options,
 ) -> jax.stages.Compiled:
     """`tpu.matmul` of x (M, m) and a matrix (m, n) for one device of this generation; `options` are matmul's."""
-    place = SingleDeviceSharding(device(generation))
+    place = SingleDeviceSharding(devices(generation)[0])
     stored = (-(-m // TILE) * TILE // 16, -(-n // TILE) * TILE)
     data = jax.ShapeDtypeStruct(stored, jnp.int32, sharding=place)
     weights = Packed(data, jax.ShapeDtypeStruct(scales, jnp.float32, sharding=place), m, n, tpu.LAYOUT)

@@ -68,6 +68,7 @@ def vocabulary_of(content: str, size: int) -> Vocabulary:
     stripping = [t["content"] for t in added.values() if not t["special"] and (t["lstrip"] or t["rstrip"])]
     faults = {
         f"it is {model['type']}, not byte-level BPE": model["type"] != "BPE",
+        "it has no merges, and llama.cpp loads no such file": not model.get("merges"),
         f"it normalises by {normalizer}": normalizer not in (None, "NFC"),
         f"it splits text ({', '.join(step['type'] for step in found)}) as none of {', '.join(SPLITS)} does": not pre,
         # The one split under which llama.cpp looks a whole word up before it tries merges.

@@ -53,6 +53,7 @@ def lower() -> Tokenizer:
     ("made", "message"),
     [
         (lambda: Tokenizer(models.WordLevel({"a": 0}, "a")), "it is WordLevel, not byte-level BPE"),
+        (lambda: Tokenizer(models.BPE({"a": 0}, [])), "it has no merges"),
         (lower, "it normalises by Lowercase"),
         (lambda: byte_level(split=pre_tokenizers.ByteLevel(add_prefix_space=True)), "it splits text .ByteLevel. as"),
         (lambda: byte_level(split=pre_tokenizers.Whitespace()), "it splits text .Whitespace. as none of gpt-2, smollm"),

@@ -1,15 +1,19 @@
 """The TPU kernel compiled by libtpu for TPUs that are not here: it stays packed, fits, and costs few cycles."""
 
+import re
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import aot, tpu, tuning
 from pallas_kernels.packing import Packed
+from pallas_kernels.parallel import sharded_matmul
 
 TPUS = ["v5e", "v5p", "v6e", "v7x"]
 TRILM = [(512, 1280), (768, 2048), (1024, 2560), (1280, 3072), (1536, 4096), (1792, 5120), (2048, 6144), (2304, 7680),
@@ -26,15 +30,15 @@ def compile_packed(generation, M, m, n, dtype=jnp.bfloat16, scales=(1, 1)):
 
 def test_libtpu_is_there(monkeypatch):
     """Without it every test of this file fails, with this message: it is among the test dependencies."""
-    assert aot.device("v5e").device_kind == "TPU v5 lite"
+    assert aot.devices("v5e")[0].device_kind == "TPU v5 lite"
     monkeypatch.setattr(aot, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'libtpu, which is not installed: pip install "jax\[tpu\]"'):
-        aot.device("v5e")
+        aot.devices("v5e")
 
 
 @pytest.mark.parametrize("generation", aot.TOPOLOGIES)
 def test_a_generation_is_known_by_its_device_kind(generation):
-    device = aot.device(generation)
+    device = aot.devices(generation)[0]
     assert device.device_kind in tuning.GENERATIONS[generation].kinds
     others = [core.kinds for name, core in tuning.GENERATIONS.items() if name != generation]
     assert not any(device.device_kind in kinds for kinds in others)
@@ -72,7 +76,7 @@ def test_the_second_digit_is_not_optimized_away():
 @pytest.mark.parametrize("generation", ["v5e", "v7x"])
 def test_a_loop_over_layers_keeps_them_packed(generation):
     """Taking one matrix out of all of them makes no wider copy of either."""
-    place, L, m, M = SingleDeviceSharding(aot.device(generation)), 24, 2048, 8
+    place, L, m, M = SingleDeviceSharding(aot.devices(generation)[0]), 24, 2048, 8
 
     def array(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
@@ -85,6 +89,27 @@ def test_a_loop_over_layers_keeps_them_packed(generation):
     with tpu.target(generation):
         memory = jax.jit(forward).lower(array((M, m), jnp.bfloat16), weights).compile().memory_analysis()
     assert memory.temp_size_in_bytes < m * m // 4 + 65536
+
+
+@pytest.mark.parametrize("generation", ["v5e", "v7x"])
+def test_parts_on_the_devices_of_a_host(generation):
+    """Every device multiplies its own part; cut along the inputs, one sum over devices is all that crosses."""
+    M, m, n = 8, 3072, 9216
+    mesh = jax.make_mesh((len(aot.devices(generation)),), ("model",), devices=aot.devices(generation))
+    for cut, sums in ((0, 1), (1, 0)):
+        part = (m // mesh.size, n) if cut == 0 else (m, n // mesh.size)
+        words = (mesh.size, -(-part[0] // 128) * 8, -(-part[1] // 128) * 128)
+        parts, spec = NamedSharding(mesh, P("model")), P(None, "model") if cut == 0 else P()
+        weights = Packed(
+            jax.ShapeDtypeStruct(words, jnp.int32, sharding=parts),
+            jax.ShapeDtypeStruct((mesh.size, 1, 1), jnp.float32, sharding=parts), *part, tpu.LAYOUT,
+        )
+        x = jax.ShapeDtypeStruct((M, m), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+        product = partial(sharded_matmul, cut=cut, axis="model", implementation="tpu")
+        with tpu.target(generation), jax.set_mesh(mesh):
+            text = jax.jit(product).lower(x, weights).compile().as_text()
+        moves = re.findall(r" (all-[a-z]+|reduce-scatter|collective-permute)(?:-start)?\(", text)
+        assert moves == ["all-reduce"] * sums and "tpu_custom_call" in text
 
 
 def test_cycles_of_the_loop():
