@@ -32,6 +32,7 @@ def check(config: Config) -> Config:
             _require(value >= 1, f"config.{section}.{name}={value} must be at least 1")
     _check_ranges(config)
     one_of(m.compute_dtype, ("auto", "float32", "bfloat16"), "config.model.compute_dtype")
+    one_of(m.gather, ("codes", "int8", "matrix"), "config.model.gather")
     one_of(s.shape, ("cosine", "linear"), "config.schedule.shape")
     one_of(s.lowering, ("jump", "continuous"), "config.schedule.lowering")
     _require(m.H % 2 == 0, f"config.model.H={m.H} must be even: rotary embeddings turn pairs of dimensions")

@@ -189,6 +189,13 @@ def verify(args: argparse.Namespace) -> None:
     print(verify(args.workdir))
 
 
+def plan(args: argparse.Namespace) -> None:
+    from spectra_jax import config
+    from spectra_jax.plan.report import plan
+
+    print(plan(config.load(args.config, args.overrides), args.topology, compile=args.compile, price=args.price))
+
+
 def suite(args: argparse.Namespace) -> None:
     from spectra_jax.suite import table
 
@@ -205,7 +212,7 @@ COMMANDS = {
     function.__name__.rstrip("_"): function
     for function in (
         train, sweep, quickstart, prepare, import_, quantize, evaluate, harness, compare, generate, pack, export, plot,
-        checkpoints, verify, suite,
+        checkpoints, verify, plan, suite,
     )
 }
 

@@ -30,6 +30,8 @@ class Model:
     # GPT-2's 1/sqrt(2L) on the matrices that write to the residual stream; not stated in the paper
     init_residual_scaling: bool = True
     compute_dtype: str = "auto"  # bfloat16 on accelerators, float32 on CPU, where bfloat16 is slower
+    # What of a quantized matrix goes to the devices that share it: codes at 2 bits, int8, or the matrix, as of floats
+    gather: str = "codes"
     attention: str = "causal_blocks"  # or "reference"
     attention_blocks: int = 4  # key blocks above the diagonal are not computed
     remat: str = "none"  # none, dots (keep matrix products), full (keep block inputs only)

@@ -58,7 +58,7 @@ ALLOWED = {
     "interop": MODEL | {"data", "record", "stored", "made", "serve"},
     "analysis": MODEL | {"checkpoint", "metrics", "serve"},
     "verify": BASE | {"metrics", "record", "stored", "checkpoint"},
-    "aot": STEP,
+    "plan": STEP | {"stored"},
 }
 # Modules that exist for `python -m spectra_jax.COMMAND`: they hand over to the command line.
 ENTRIES = {

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Real
 from spectra_jax.sharding import Rules
 from spectra_jax.weights.form import Form
 from spectra_jax.weights.frozen import matmul
+from spectra_jax.weights.gather import Gathered, Gathering, divided
 from spectra_jax.weights.rule import Rule, Shards, Statistics
 
 
@@ -24,10 +25,11 @@ class Linear(nnx.Module):
         rules: Rules,
         *,
         std: float,
+        gather: Gathering | None,
         rngs: nnx.Rngs,
     ):
         """`dims` are the logical dims of `shape`; the latent weight starts normal with deviation `std`."""
-        self.rule, self.shards = rule, shards
+        self.rule, self.shards, self.gather = rule, shards, gather
         init = jax.nn.initializers.normal(std)
         self.w = nnx.Param(init(rngs.params(), shape, jnp.float32, out_sharding=rules(*dims)))
 
@@ -39,7 +41,11 @@ class Linear(nnx.Module):
     ) -> Float[Array, "B T n"]:
         """x times the effective matrix. `statistics` are those of a latent weight whose rule has scales."""
         w = self.w.get_value()
-        if not isinstance(w, Form):
+        if isinstance(w, Form):
+            pass
+        elif self.rule.quantized and self.gather and divided(w):
+            w = Gathered.of(self.rule, w, statistics, self.shards, self.gather)
+        else:
             w = self.rule.effective(w, statistics, self.shards)
         return matmul(self.rule.activation(x), w, out_sharding)
 

@@ -20,7 +20,7 @@ from spectra_jax.weights.form import Form
 
 def graphdef_of(m: Model, rules: Rules = Rules()) -> nnx.GraphDef:
     """The static half of the model, without making any array."""
-    return nnx.graphdef(jax.eval_shape(lambda key: Transformer(m, rules, rngs=nnx.Rngs(key)), jax.random.key(0)))
+    return nnx.graphdef(jax.eval_shape(lambda: Transformer(m, rules, rngs=nnx.Rngs(jax.random.key(0)))))
 
 
 def init_parameters(m: Model, key: Array, rules: Rules = Rules()) -> dict:

@@ -21,6 +21,7 @@ from spectra_jax.sharding import Rules, gathered
 from spectra_jax.weights import get_rule
 from spectra_jax.weights.form import Form
 from spectra_jax.weights.frozen import matmul
+from spectra_jax.weights.gather import Gathering
 from spectra_jax.weights.rule import Statistics
 
 Scales = dict[Key, Statistics | None]
@@ -48,7 +49,8 @@ class Attention(nnx.Module):
     def __init__(self, m: Model, rules: Rules, *, rngs: nnx.Rngs):
         self.m, self.rules = m, rules
         cut, last = partial(shards_of, m), residual_std(m)
-        make = partial(Linear, rule=get_rule(m.weight), rules=rules, rngs=rngs)
+        gather = Gathering.of(m.gather, m.remat)
+        make = partial(Linear, rule=get_rule(m.weight), rules=rules, gather=gather, rngs=rngs)
         self.q = make((m.D, m.N * m.H), ("embed", "heads"), shards=cut(("attention", "q")), std=m.init_std)
         self.k = make((m.D, m.K * m.H), ("embed", "heads"), shards=cut(("attention", "k")), std=m.init_std)
         self.v = make((m.D, m.K * m.H), ("embed", "heads"), shards=cut(("attention", "v")), std=m.init_std)
@@ -78,7 +80,8 @@ class MLP(nnx.Module):
     def __init__(self, m: Model, rules: Rules, *, rngs: nnx.Rngs):
         self.rules = rules
         cut, last = partial(shards_of, m), residual_std(m)
-        make = partial(Linear, rule=get_rule(m.weight), rules=rules, rngs=rngs)
+        gather = Gathering.of(m.gather, m.remat)
+        make = partial(Linear, rule=get_rule(m.weight), rules=rules, gather=gather, rngs=rngs)
         self.gate = make((m.D, m.F), ("embed", "ffn"), shards=cut(("mlp", "gate")), std=m.init_std)
         self.up = make((m.D, m.F), ("embed", "ffn"), shards=cut(("mlp", "up")), std=m.init_std)
         self.down = make((m.F, m.D), ("ffn", "embed"), shards=cut(("mlp", "down")), std=last)

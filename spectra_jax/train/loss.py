@@ -8,9 +8,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from spectra_jax.sharding import Rules
+from spectra_jax.sharding import Rules, gathered, in_mesh
 
 # Where a reshape leaves the batch is said every time: with one sequence (B = 1) it cannot be inferred.
 
@@ -49,7 +50,7 @@ def token_losses(
     chunks: int, rules: Rules = Rules(),
 ) -> Float[Array, "B T"]:
     """Negative log-likelihood of every target in nats, in float32. `chunks` divides T."""
-    low = head.astype(hidden.dtype)
+    low = gathered(head.astype(hidden.dtype), rules(None, "vocab"))
 
     def one(_: None, piece: tuple[Array, Array]) -> tuple[None, Array]:
         x, y = piece
@@ -71,7 +72,9 @@ def mean_loss(
 
 
 def _forward(hidden, head, targets, chunks, rules):
-    low, share = head.astype(hidden.dtype), 1.0 / targets.size
+    low, share = gathered(head.astype(hidden.dtype), rules(None, "vocab")), 1.0 / targets.size
+    # Every device sums its own rows, over all chunks; the devices' sums are added once, at the end.
+    own = _unreduced(rules)
 
     def one(sums: tuple[Array, Array], piece: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
         total, d_head = sums
@@ -85,14 +88,23 @@ def _forward(hidden, head, targets, chunks, rules):
         error = ((powers / norm - hit) * share).astype(x.dtype)
         d_x = jnp.einsum("rv,dv->rd", error, low, out_sharding=rules("batch", "act"))
         part = jnp.einsum(
-            "rd,rv->dv", x, error, preferred_element_type=jnp.float32, out_sharding=rules("embed", "vocab")
+            "rd,rv->dv", x, error, preferred_element_type=jnp.float32, out_sharding=own
         )
         return (total, d_head + part), d_x
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros_like(head, jnp.float32))
+    zero = gathered(jnp.zeros(head.shape, jnp.float32), rules(None, "vocab"))
+    start = (jnp.zeros((), jnp.float32), zero if own is None else gathered(zero, own))
     pieces = _cut(hidden, chunks, rules), _cut(targets, chunks, rules)
     (total, d_head), d_hidden = jax.lax.scan(one, start, pieces)
-    return total * share, (_joined(d_hidden, hidden.shape, rules), d_head)
+    return total * share, (_joined(d_hidden, hidden.shape, rules), gathered(d_head, rules("embed", "vocab")))
+
+
+def _unreduced(rules: Rules) -> PartitionSpec | None:
+    """Of a (D, V) array whose value is the sum of those that the devices of the batch have."""
+    if not in_mesh():
+        return None
+    axes = (rules.batch,) if isinstance(rules.batch, str) else rules.batch or ()
+    return PartitionSpec(None, rules.vocab, unreduced=frozenset(axes))
 
 
 def _backward(chunks, rules, gradients, g):

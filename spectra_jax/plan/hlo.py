@@ -1,0 +1,125 @@
+"""What a compiled program says to other devices: its collectives, read off the text of its HLO.
+
+An instruction counts as often as it runs: those in the body of a loop as many times as the loop has turns. XLA writes
+that beside the loop, or it is the one whole number that the loop's condition compares with, as libtpu's programs have
+it. (`cost_analysis` counts a body once, and Pallas kernels not at all.) libtpu writes a reduce-scatter as an
+all-reduce and a slice, or as a ring of collective-permutes around the product.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4,
+         "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+_ARRAY = re.compile(rf"\b({'|'.join(BYTES)})\[([\d,]*)\]")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_CALLED = re.compile(r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
+_CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
+_NUMBER = re.compile(r" = [su]\d+\[\]\S* constant\((\d+)\)")
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_COLLECTIVE = re.compile(rf"= (.+?) ({'|'.join(KINDS)})(-start)?\(")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One instruction. `bytes` are of its result on one device, `times` how often it runs in a step."""
+
+    kind: str
+    dtype: str
+    bytes: int
+    times: int
+    started: bool  # asynchronously: other work may go on until it is done
+    source: str  # the operation of the model that it comes from
+
+    @property
+    def total(self) -> int:
+        """Bytes in a step."""
+        return self.bytes * self.times
+
+
+def collectives(text: str) -> list[Collective]:
+    """All of a program. A loop that says nothing of its turns counts once."""
+    times, found = _times(text), {}
+    for name, body in _computations(text).items():
+        for line in body:
+            if one := _collective(line, times.get(name, 0)):
+                channel = _CHANNEL.search(line)
+                key = (one.kind, channel[1]) if channel else line
+                # libtpu spreads one over several fusions, the beginning, the end and work in between.
+                found[key] = replace(one, started=True) if key in found else one
+    return list(found.values())
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    name = ""
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
+            name = head[2]
+            found[name] = []
+        elif name and line.startswith("}"):
+            name = ""
+        elif name:
+            found[name].append(line)
+    return found
+
+
+def _times(text: str) -> dict[str, int]:
+    """How often each computation runs."""
+    computations = _computations(text)
+    entry = next(head[2] for line in text.splitlines() if (head := _HEAD.match(line)) and head[1])
+    calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for name, body in computations.items():
+        for line in body:
+            calls[name] += _calls(line, computations)
+    times: dict[str, int] = defaultdict(int)
+
+    def visit(name: str, count: int) -> None:
+        times[name] += count
+        for called, turns in calls[name]:
+            visit(called, count * turns)
+
+    visit(entry, 1)
+    return times
+
+
+def _calls(line: str, computations: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
+    """The computations that an instruction runs, with how often."""
+    turns = 1
+    if loop := _CONDITION.search(line):
+        numbers = _TURNS.findall(line) or _NUMBER.findall("\n".join(computations[loop[1]]))
+        turns = int(numbers[0]) if len(numbers) == 1 else 1
+    for name in _CALLED.findall(line):
+        yield name, turns
+    for names in _BRANCHES.findall(line):
+        for name in names.split(","):
+            yield name.strip().lstrip("%"), 1
+
+
+def _collective(line: str, times: int) -> Collective | None:
+    found = _COLLECTIVE.search(line)
+    if not found or not times:
+        return None
+    result, kind, start = found.groups()
+    arrays = _ARRAY.findall(result)
+    if start and kind != "all-reduce":  # a tuple of what goes in, what comes out, and marks
+        arrays = [array for array in arrays if array[1]]
+        arrays = arrays[len(arrays) // 2 :]
+    size = sum(BYTES[dtype] * prod(int(d) for d in dims.split(",") if d) for dtype, dims in arrays)
+    source = re.search(r'op_name="([^"]*)"', line)
+    return Collective(kind, arrays[0][0] if arrays else "", size, times, bool(start), source[1] if source else "")
+
+
+def by_kind(found: list[Collective]) -> dict[tuple[str, str], tuple[int, int]]:
+    """Instructions run and bytes in a step, of each kind and dtype, the most bytes first."""
+    sums: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    for one in found:
+        sums[one.kind, one.dtype][0] += one.times
+        sums[one.kind, one.dtype][1] += one.total
+    return {key: (n, size) for key, (n, size) in sorted(sums.items(), key=lambda item: -item[1][1])}

@@ -1,0 +1,116 @@
+"""The product with a quantized matrix whose latent weights are spread over devices (FSDP): codes travel, not weights.
+
+Every device takes the codes of its own part, and only they cross, four to a byte; their scales are everywhere anyhow.
+The matrix itself, in bfloat16, would be eight times as much. The gradient of the latent weights is formed where they
+are: each device sums what it needs of all (a reduce-scatter), and nobody holds the whole.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from pallas_kernels import api
+from spectra_jax.sharding import gathered, in_mesh
+from spectra_jax.weights.form import Form, form, static
+from spectra_jax.weights.frozen import Frozen, expand
+from spectra_jax.weights.rule import Rule, Shards, Statistics
+
+AXIS = "data"
+PER_BYTE = 4
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """How codes travel, and what the backward pass does without the matrix."""
+
+    packed: bool  # four to a byte; else as they are
+    # Under remat the matrix is there again when the backward pass comes, and would be gathered a third time. Otherwise
+    # it is gathered again rather than kept: whole, in every layer.
+    keep: bool
+
+    @classmethod
+    def of(cls, gather: str, remat: str) -> "Gathering | None":
+        """By `Model.gather` and `Model.remat`; None where the matrix travels."""
+        return None if gather == "matrix" else cls(gather == "codes", remat != "none")
+
+
+@no_type_check  # as a pytree it also carries shapes or shardings: whatever a tree.map returns
+@form
+class Gathered(Form):
+    """A latent matrix and its codes, for one product of a training step. It is never stored."""
+
+    latent: Float[Array, "m n"]
+    frozen: Frozen
+    how: Gathering = static()
+
+    @classmethod
+    def of(cls, rule: Rule, w: Float[Array, "m n"], statistics: Statistics, shards: Shards, how: Gathering):
+        """What `rule.effective` is elsewhere."""
+        return cls(w, rule.freeze(jax.lax.stop_gradient(w), statistics, shards), how)
+
+    def product(self, x: Float[Array, "r m"], spec: P | None = None) -> Float[Array, "r n"]:
+        """x times the effective matrix; straight through, the gradient of that goes to the latent weights."""
+        return _product(self.how, spec, x, self.latent, self.frozen)
+
+
+def divided(w: Array) -> bool:
+    """Whether a matrix is spread over the axis of fully sharded parameters."""
+    return in_mesh() and AXIS in jax.typeof(w).sharding.spec and jax.sharding.get_abstract_mesh().shape[AXIS] > 1
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(how: Gathering, spec: P, x: Array, latent: Array, frozen: Frozen) -> Array:
+    return _forward(how, spec, x, latent, frozen)[0]
+
+
+def _forward(how, spec, x, latent, frozen):
+    matrix = _matrix(how.packed, frozen, x.dtype)
+    y = jnp.einsum("rm,mn->rn", x, matrix, out_sharding=spec)
+    return y, (x, latent, frozen, matrix if how.keep else None)
+
+
+def _backward(how, spec, kept, g):
+    x, latent, frozen, matrix = kept
+    at = jax.typeof(x).sharding.spec
+    if matrix is None:
+        matrix = _matrix(how.packed, frozen, x.dtype)
+    dx = jnp.einsum("rn,mn->rm", g, matrix, out_sharding=at)
+    dw = jnp.einsum("rm,rn->mn", x, g, out_sharding=jax.typeof(latent).sharding.spec).astype(latent.dtype)
+    no_gradient = np.zeros(frozen.codes.shape, jax.dtypes.float0)  # of whole numbers
+    return dx, dw, replace(frozen, codes=no_gradient, scales=jnp.zeros_like(frozen.scales))
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _matrix(packed: bool, frozen: Frozen, dtype: jnp.dtype) -> Float[Array, "m n"]:
+    """The effective matrix, no longer divided over the axis.
+
+    Within `shard_map`, where XLA takes no decisions: it would divide the multiplication and gather float32.
+    """
+    codes, spec = frozen.codes, jax.typeof(frozen.codes).sharding.spec
+    whole = P(*(None if axis == AXIS else axis for axis in spec))
+    packed = packed and codes.shape[0] % (PER_BYTE * _devices(spec[0])) == 0
+    if packed:
+        codes = jax.shard_map(api.pack, in_specs=spec, out_specs=spec)(codes)
+    scale = expand(frozen.scales, frozen.codes.shape, frozen.axis)
+    across = P(*(axis if size > 1 else None for axis, size in zip(whole, scale.shape)))
+
+    def local(codes: Array, scale: Array) -> Array:
+        codes = api.unpack(codes, PER_BYTE * codes.shape[0]) if packed else codes
+        return (codes.astype(jnp.float32) * scale).astype(dtype)  # as `Frozen.dequantize`
+
+    run = jax.shard_map(local, in_specs=(whole, across), out_specs=whole)
+    return run(gathered(codes, whole), gathered(scale, across))
+
+
+def _devices(axes: str | tuple[str, ...] | None) -> int:
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
