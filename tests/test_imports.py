@@ -188,7 +188,7 @@ def test_kernels_know_nothing_of_the_project():
             assert not any(under(name, refused) for refused, owners in OWNERS.items() if not owners)
 
 
-@pytest.mark.parametrize("folder", ["spectra_jax", "pallas_kernels", "configs", "benchmarks"])
+@pytest.mark.parametrize("folder", ["spectra_jax", "pallas_kernels", "configs", "benchmarks", "launch"])
 def test_no_private_jax(folder):
     for path in sources(folder):
         tree = ast.parse(path.read_text())

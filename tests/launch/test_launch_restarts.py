@@ -5,6 +5,8 @@ import shlex
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -12,27 +14,40 @@ from stubs import CONFIG, LAUNCH, TRAIN, Machine, words
 
 from spectra_jax.cli import STOPPED
 
-REAL = (
-    "bash", "cat", "chown", "dirname", "git", "id", "mkdir", "nohup", "pgrep", "rm", "setsid", "sleep", "test", "touch",
-)
+REAL = ("bash", "cat", "dirname", "env", "id", "mkdir", "nohup", "pgrep", "rm", "setsid", "sleep", "touch")
 LOOP = f"source {shlex.quote(str(LAUNCH / 'common.sh'))}; workdir=run; until_done train 'a b' c"
-# A training that saves when it is asked to, and says how often it was asked.
+# A training that takes a moment to save when it is asked to stop, and says how often it was asked.
 PATIENT = """#!/usr/bin/env bash
-trap 'echo stop >> signals-$JAX_PROCESS_ID; exit 75' TERM INT
+trap 'echo stop >> signals-$JAX_PROCESS_ID; asked=1' TERM INT
 touch started-$JAX_PROCESS_ID
-while true; do sleep 0.05; done
+until [[ $asked ]]; do sleep 0.05; done
+for k in {1..10}; do sleep 0.05; done
+exit 75
 """
 
 
 @pytest.fixture
 def machine(tmp_path) -> Machine:
-    return Machine(tmp_path, real=REAL + ("env",))
+    return Machine(tmp_path, real=REAL)
 
 
 def executable(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     path.chmod(0o755)
+
+
+@contextmanager
+def group(machine: Machine, *command: str | Path) -> Iterator[subprocess.Popen]:
+    """A process in a group of its own, as a terminal starts it; nothing of the group is left behind."""
+    with subprocess.Popen(
+        command, env=machine.env, cwd=machine.home, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
+        try:
+            yield run
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
 
 
 def until(condition, seconds: float = 30) -> None:
@@ -71,14 +86,23 @@ def test_waits_grow_to_five_minutes(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_loop_is_heard_once_and_ends_it(number, machine):
     executable(machine.bin / "train", PATIENT)
-    run = subprocess.Popen(
-        ["bash", "-c", LOOP], env=machine.env, cwd=machine.home, stderr=subprocess.PIPE, start_new_session=True
-    )
-    until(lambda: (machine.home / "started-").exists())
-    os.killpg(run.pid, number)  # as Ctrl-C, a shutdown and tpu_worker.sh stop send it: to all of the group
-    run.communicate(timeout=30)
+    with group(machine, "bash", "-c", LOOP) as run:
+        until(lambda: (machine.home / "started-").exists())
+        os.killpg(run.pid, number)  # as Ctrl-C, a shutdown and tpu_worker.sh stop send it: to all of the group
+        run.communicate(timeout=30)
     assert run.returncode == STOPPED
     assert (machine.home / "signals-").read_text() == "stop\n"
+
+
+def test_a_slurm_job_that_was_cancelled_is_not_queued_again(machine):
+    """scancel signals the script of the job too; the signal before the end of its time goes to the tasks alone."""
+    executable(machine.bin / "srun", PATIENT)
+    machine.stub("scontrol")
+    with group(machine, "bash", LAUNCH / "slurm.sh", "job", "--workdir=run", "--", CONFIG) as run:
+        until(lambda: (machine.home / "started-").exists())
+        os.killpg(run.pid, signal.SIGTERM)
+        run.communicate(timeout=30)
+    assert (run.returncode, machine.calls()) == (STOPPED, [])
 
 
 @pytest.fixture
@@ -151,28 +175,23 @@ def test_the_setup_of_a_host(machine):
     assert calls[3:] == [*install, *install], "mounted once"
 
 
-def local(machine: Machine, spectra: str) -> subprocess.Popen:
-    """local.sh with two processes of this program in place of spectra."""
-    executable(machine.bin / "spectra", spectra)
-    return subprocess.Popen(
-        ["bash", LAUNCH / "local.sh", "--port=12345", "--", CONFIG], env=machine.env, cwd=machine.home,
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )
+LOCAL = ("bash", LAUNCH / "local.sh", "--port=12345", "--", CONFIG)  # with a stub in place of spectra
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_local_passes_a_signal_on_once_to_each(number, machine):
-    run = local(machine, PATIENT)
-    until(lambda: all((machine.home / f"started-{k}").exists() for k in range(2)))
-    os.killpg(run.pid, number)
-    said = run.communicate(timeout=30)[1]
+    executable(machine.bin / "spectra", PATIENT)
+    with group(machine, *LOCAL) as run:
+        until(lambda: all((machine.home / f"started-{k}").exists() for k in range(2)))
+        os.killpg(run.pid, number)
+        said = run.communicate(timeout=30)[1]
     assert run.returncode == STOPPED, said
     assert [(machine.home / f"signals-{k}").read_text() for k in range(2)] == ["stop\n"] * 2
 
 
 def test_local_exits_as_the_first_that_failed(machine):
-    last = "#!/usr/bin/env bash\n((JAX_PROCESS_ID)) && exit 7\nsleep 1\nexit 1\n"
-    run = local(machine, last)
-    said = run.communicate(timeout=30)[1]
+    executable(machine.bin / "spectra", "#!/usr/bin/env bash\n((JAX_PROCESS_ID)) && exit 7\nsleep 1\nexit 1\n")
+    with group(machine, *LOCAL) as run:
+        said = run.communicate(timeout=30)[1]
     assert run.returncode == 7, said
     assert "process 1: exit status 7" in said and "process 0: exit status 1" in said

