@@ -1,9 +1,9 @@
 """What a compiled program says to other devices: its collectives, read off the text of its HLO.
 
 An instruction counts as often as it runs: those in the body of a loop as many times as the loop has turns. XLA writes
-that beside the loop, or it is the one whole number that the loop's condition compares with, as libtpu's programs have
-it. (`cost_analysis` counts a body once, and Pallas kernels not at all.) libtpu writes a reduce-scatter as an
-all-reduce and a slice, or as a ring of collective-permutes around the product.
+that beside the loop; in libtpu's programs it is the one whole number that the loop's condition compares with, over what
+the body adds to its counter. (`cost_analysis` counts a body once, and Pallas kernels not at all.) libtpu writes a
+reduce-scatter as an all-reduce and a slice, or as a ring of collective-permutes around the product.
 """
 
 import re
@@ -19,7 +19,7 @@ _ARRAY = re.compile(rf"\b({'|'.join(BYTES)})\[([\d,]*)\]")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _CALLED = re.compile(r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
-_CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
+_LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _NUMBER = re.compile(r" = [su]\d+\[\]\S* constant\((\d+)\)")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
@@ -51,7 +51,8 @@ def collectives(text: str) -> list[Collective]:
             if one := _collective(line, times.get(name, 0)):
                 channel = _CHANNEL.search(line)
                 key = (one.kind, channel[1]) if channel else line
-                # libtpu spreads one over several fusions, the beginning, the end and work in between.
+                # libtpu spreads one over several fusions: the beginning, the end and work in between. (So it
+                # does with the copies of a loop that it unrolls, as it does on several slices: they count as one here.)
                 found[key] = replace(one, started=True) if key in found else one
     return list(found.values())
 
@@ -91,15 +92,32 @@ def _times(text: str) -> dict[str, int]:
 
 def _calls(line: str, computations: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
     """The computations that an instruction runs, with how often."""
-    turns = 1
-    if loop := _CONDITION.search(line):
-        numbers = _TURNS.findall(line) or _NUMBER.findall("\n".join(computations[loop[1]]))
-        turns = int(numbers[0]) if len(numbers) == 1 else 1
+    loop = _LOOP.search(line)
+    turns = _turns(line, computations[loop[1]], computations[loop[2]]) if loop else 1
     for name in _CALLED.findall(line):
         yield name, turns
     for names in _BRANCHES.findall(line):
         for name in names.split(","):
             yield name.strip().lstrip("%"), 1
+
+
+def _turns(line: str, condition: list[str], body: list[str]) -> int:
+    """Of a loop; 1 if it does not say."""
+    if known := _TURNS.search(line):
+        return int(known[1])
+    limits = _NUMBER.findall("\n".join(condition))
+    counters = re.findall(r"get-tuple-element\(.*\), index=(\d+)", "\n".join(condition))
+    if len(limits) != 1:
+        return 1
+    results = next((line for line in body if "ROOT" in line and " tuple(" in line), "")
+    names = re.findall(r"%([\w.\-]+)", results[results.find(" tuple(") :])
+    step = 1
+    if len(counters) == 1 and int(counters[0]) < len(names):
+        made = {found[1]: line for line in body if (found := re.match(r"\s*(?:ROOT )?%([\w.\-]+) = ", line))}
+        added = re.search(r" add\(%([\w.\-]+), %([\w.\-]+)\)", made[names[int(counters[0])]])
+        steps = [int(n[1]) for name in added.groups() if (n := _NUMBER.search(made[name]))] if added else []
+        step = steps[0] if steps else 1
+    return -(-int(limits[0]) // step)
 
 
 def _collective(line: str, times: int) -> Collective | None:

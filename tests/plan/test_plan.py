@@ -9,9 +9,9 @@ from spectra_jax.plan.program import lowered, memory
 from spectra_jax.plan.report import plan
 from spectra_jax.sharding import make_mesh
 
-# Two layers of a small vocabulary: the program is that of all layers, for they are a loop.
-SMALL = ("model.L=2", "model.V=2048", "data.T=512", "data.batch=64", "model.remat=full", "train.steps=100")
-WEIGHTS = 2 * (4 * 512 * 512 + 3 * 512 * 1280)  # of its blocks
+# Four layers, a small vocabulary: the program is that of all layers, for they are a loop (of two it would be none).
+SMALL = ("model.L=4", "model.V=2048", "data.T=512", "data.batch=64", "model.remat=full", "train.steps=100")
+WEIGHTS = 4 * (4 * 512 * 512 + 3 * 512 * 1280)  # of its blocks
 
 
 def crossing(name, *overrides):
@@ -32,7 +32,8 @@ def test_what_a_step_says(name, overrides):
     found = crossing(name, *overrides)
     matrices = 2 * 2 * WEIGHTS  # bfloat16, forward and backward: what the plain path would gather
     codes = total(found, "all-gather", dtypes=("u8",))
-    assert 0.9 * matrices / 8 <= codes <= matrices / 7
+    least = 0.9 if "*" not in name else 0.5  # the unrolled loop of two slices counts once: see hlo.py
+    assert least * matrices / 8 <= codes <= matrices / 7
     assert total(found, "all-gather", dtypes=("bf16",)) == 2 * 2048 * 512 * 2
     assert total(found, "all-gather", dtypes=("f32", "s8"), above=65536) == 0
     # Gradients: libtpu makes rings of some, of others an all-reduce (no reduce-scatter); head and embedding once.
