@@ -53,7 +53,7 @@ def _one(config: Config, topology: Topology, compile: bool, price: float) -> lis
         )
         lines += _crossing(program.as_text())
         if topology.slices > 1:
-            lines.append("             (of loops that libtpu unrolls, as it does on several slices, one turn is counted)")
+            lines.append("             (loops that libtpu unrolls, as it does on several slices, count one turn)")
     else:
         least = _state_bytes(config, mesh)
         lines.append(f"  memory     {in_gib(least)} GiB of state of {family.hbm:g} on a device, temporaries not known: "
