@@ -32,7 +32,7 @@ class Model:
     compute_dtype: str = "auto"  # bfloat16 on accelerators, float32 on CPU, where bfloat16 is slower
     # What of a quantized matrix goes to the devices that share it: codes at 2 bits, int8, or the matrix, as of floats
     gather: str = "codes"
-    attention: str = "causal_blocks"  # or "reference"
+    attention: str = "causal_blocks"  # or "splash", the kernel of TPUs; "reference"
     attention_blocks: int = 4  # key blocks above the diagonal are not computed
     remat: str = "none"  # none, dots (keep matrix products), full (keep block inputs only)
     unroll: int = 1  # blocks per iteration of the scan over layers; L unrolls it whole

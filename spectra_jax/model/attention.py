@@ -1,15 +1,18 @@
 """Causal attention by name. Every form takes and returns the same shapes and computes the same function."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from spectra_jax.errors import one_of
 from spectra_jax.sharding import in_mesh
 
+TILE = 128  # tokens in the smallest tile of the TPU's kernel
 MASKED = -1e30  # finite, so that no row can turn into NaN
 
 
@@ -57,7 +60,45 @@ def causal_blocks(
     return jnp.reshape(mixed, (B, T, N, H), out_sharding=joined)
 
 
-ATTENTION: dict[str, Callable] = {"reference": reference, "causal_blocks": causal_blocks}
+def splash(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], blocks: int
+) -> Float[Array, "B T N H"]:
+    """JAX's own kernel for TPUs, which never holds scores in memory, forward or backward.
+
+    Its tiles are of 128 tokens at least: where T is no multiple (a short prompt), and on anything but a TPU,
+    `causal_blocks` computes the same.
+    """
+    other = partial(causal_blocks, blocks=blocks)
+    if q.shape[1] % TILE:
+        return other(q, k, v)
+    return jax.lax.platform_dependent(q, k, v, tpu=splash_kernel, default=other)
+
+
+def splash_kernel(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], *, interpret: bool = False
+) -> Float[Array, "B T N H"]:
+    """The kernel on every device's own sequences and heads; `interpret` runs it anywhere, for tests."""
+
+    def local(q: Array, k: Array, v: Array) -> Array:
+        _, T, N, H = q.shape
+        tile = next(size for size in (512, 384, 256, TILE) if T % size == 0)
+        names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+        sizes = splash_attention_kernel.BlockSizes(**dict.fromkeys(names, tile), use_fused_bwd_kernel=True)
+        mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((T, T))] * N)
+        run = splash_attention_kernel.make_splash_mha(
+            mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        )
+        q, k, v = (jnp.transpose(x, (0, 2, 1, 3)) for x in (q * H**-0.5, k, v))
+        return jnp.transpose(jax.vmap(run)(q, k, v), (0, 2, 1, 3)).astype(v.dtype)
+
+    if in_mesh():
+        specs = tuple(jax.typeof(x).sharding.spec for x in (q, k, v))
+        # Without vma: a kernel's result does not say over which axes it varies.
+        local = jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return local(q, k, v)
+
+
+ATTENTION: dict[str, Callable] = {"reference": reference, "causal_blocks": causal_blocks, "splash": splash}
 
 
 def get_attention(name: str) -> Callable:

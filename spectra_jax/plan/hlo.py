@@ -46,13 +46,14 @@ class Collective:
 def collectives(text: str) -> list[Collective]:
     """All of a program. A loop that says nothing of its turns counts once."""
     times, found = _times(text), {}
+    fused = set(re.findall(r" fusion\(.*calls=%?([\w.\-]+)", text))
     for name, body in _computations(text).items():
         for line in body:
             if one := _collective(line, times.get(name, 0)):
                 channel = _CHANNEL.search(line)
-                key = (one.kind, channel[1]) if channel else line
-                # libtpu spreads one over several fusions: the beginning, the end and work in between. (So it
-                # does with the copies of a loop that it unrolls, as it does on several slices: they count as one here.)
+                # libtpu spreads one over several fusions, the beginning, the end and work in between, that share a
+                # channel. (So do the copies of a loop that it unrolls, as on several slices: they count as one here.)
+                key = (one.kind, channel[1]) if name in fused and channel else (name, line)
                 found[key] = replace(one, started=True) if key in found else one
     return list(found.values())
 
@@ -64,7 +65,7 @@ def _computations(text: str) -> dict[str, list[str]]:
         if head := _HEAD.match(line):
             name = head[2]
             found[name] = []
-        elif name and line.startswith("}"):
+        elif line == "}":  # kernels have lines of their own in here
             name = ""
         elif name:
             found[name].append(line)

@@ -1,12 +1,14 @@
 """Every form of causal attention against a loop over queries in float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from spectra_jax.errors import UserError
-from spectra_jax.model.attention import ATTENTION, causal_blocks, get_attention, reference
+from spectra_jax.model.attention import ATTENTION, causal_blocks, get_attention, reference, splash, splash_kernel
 
 B, N, H = 2, 4, 6
 
@@ -76,8 +78,31 @@ def test_low_precision_keeps_its_dtype_and_softmax_in_float32():
 
 
 def test_unknown_attention():
-    assert set(ATTENTION) == {"reference", "causal_blocks"}
+    assert set(ATTENTION) == {"reference", "causal_blocks", "splash"}
     with pytest.raises(
         UserError, match="attention='causal_block' is not one of .*; did you mean causal_blocks?"
     ):
         get_attention("causal_block")
+
+
+@pytest.mark.parametrize("K", [2, 1])
+def test_the_kernel_of_tpus(K):
+    """In its interpreter, forward and backward, with grouped queries; on a mesh each device its own heads."""
+    rng = np.random.default_rng(0)
+    q, k, v, g = (jnp.asarray(rng.standard_normal((2, 128, heads, 64)), jnp.float32) for heads in (2, K, K, 2))
+    expected, back = jax.vjp(lambda *a: reference(*a, 1), q, k, v)
+    found, splash_back = jax.vjp(partial(splash_kernel, interpret=True), q, k, v)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    for one, other in zip(splash_back(g), back(g)):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+    if K == 2:
+        with jax.set_mesh(jax.make_mesh((2, 2), ("data", "model"))):
+            spread = [jax.sharding.reshard(x, jax.P("data", None, "model", None)) for x in (q, k, v)]
+            np.testing.assert_allclose(jax.jit(partial(splash_kernel, interpret=True))(*spread), expected, atol=2e-6)
+
+
+def test_splash_elsewhere_and_at_odd_lengths_is_causal_blocks():
+    for T in (128, 11):
+        q, k, v = draw(T, 2)
+        found, expected = (jax.jit(partial(f, blocks=3))(q, k, v) for f in (splash, causal_blocks))
+        np.testing.assert_array_equal(found, expected)

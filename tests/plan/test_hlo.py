@@ -59,6 +59,22 @@ ENTRY %main (p: u8[4,8]) -> u8[16,8] {
     assert hlo.collectives(text) == [hlo.Collective("all-gather", "u8", 128, 1, True, "")]
 
 
+def test_an_instruction_of_several_lines():
+    """As kernels are; and one that is no part of a fusion counts by itself, whatever its channel."""
+    text = """HloModule m
+
+ENTRY %main (p: bf16[4,8]) -> bf16[4,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %k = bf16[4,8]{1,0} custom-call(%p), custom_call_target="tpu_custom_call", backend_config={"a": {
+"b": 1
+}}, metadata={op_name="x"}
+  %r = bf16[4,8]{1,0} all-reduce(%k), channel_id=1, to_apply=%add
+  ROOT %s = bf16[4,8]{1,0} all-reduce(%r), channel_id=1, to_apply=%add
+}
+"""
+    assert [one.total for one in hlo.collectives(text)] == [64, 64]
+
+
 def test_what_is_started_counts_what_comes_out():
     text = """HloModule m
 
