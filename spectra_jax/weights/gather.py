@@ -1,8 +1,8 @@
 """The product with a quantized matrix whose latent weights are spread over devices (FSDP): codes travel, not weights.
 
 Every device takes the codes of its own part, and only they cross, four to a byte; their scales are everywhere anyhow.
-The matrix itself, in bfloat16, would be eight times as much. The gradient of the latent weights is formed where they
-are: each device sums what it needs of all (a reduce-scatter), and nobody holds the whole.
+The matrix itself, in bfloat16, would be eight times as much. Of the gradient each device asks for its own part of the
+sum over devices: a reduce-scatter, where the compiler has one (`LOG.md`).
 """
 
 from dataclasses import dataclass, replace
