@@ -11,14 +11,13 @@ same sweep, workdir and overrides finds every row finished, and writes the table
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import jax
 
-from spectra_jax.cli import STOPPED
+from spectra_jax.cli import exit_status
 from spectra_jax.data.manifest import write_text
-from spectra_jax.errors import Stopped, UserError
+from spectra_jax.errors import UserError
 from spectra_jax.parser import CONFIG_PREFIX
 from spectra_jax.sweep import FINISHED, read_rows
 from spectra_jax.train.loop import train
@@ -64,14 +63,8 @@ def main() -> None:
     if unknown := [text for text in rest if not text.startswith(CONFIG_PREFIX)]:
         parser.error(f"unknown argument {unknown[0]!r}")
     overrides = [text.removeprefix(CONFIG_PREFIX) for text in rest]
-    try:
+    with exit_status():
         run(args.sweep, args.workdir, args.worker, args.workers, overrides, args.dry_run)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

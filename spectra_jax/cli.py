@@ -3,8 +3,8 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 from spectra_jax.errors import Stopped, UserError
 from spectra_jax.parser import parse
@@ -13,17 +13,21 @@ STOPPED = os.EX_TEMPFAIL  # 75: nothing is wrong, try again
 
 
 def main(command: str | None = None) -> None:
-    """Runs `command` (or the one named first on the command line) and exits.
-
-    Exit status: 0; 2 with one message where what the user gave cannot work; STOPPED where a signal ended a run that
-    the same command continues.
-    """
+    """Runs `command` (or the one named first on the command line) and exits; with what status, `exit_status` says."""
     arguments = ([command] if command else []) + sys.argv[1:]
     # The C++ libraries under JAX log every notable thing on stderr, in the midst of the progress line.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    try:
+    with exit_status():
         run(arguments)
         sys.stdout.flush()  # a reader that has gone away is noticed here and not when Python shuts down
+
+
+@contextmanager
+def exit_status() -> Iterator[None]:
+    """Exits with 2 and one message where what the user gave cannot work; with STOPPED where a signal ended a run that
+    the same command continues."""
+    try:
+        yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -55,6 +55,12 @@ def gathered(x: jax.Array, spec: P | None = None) -> jax.Array:
     return jax.sharding.reshard(x, P() if spec is None else spec) if in_mesh() else x
 
 
+def parts(axes: str | tuple[str, ...] | None) -> int:
+    """Into how many parts a dim with these axes of the mesh is divided."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
+
+
 def mesh_shape(wanted: Mesh, devices: int) -> tuple[int, int, int]:
     """Devices per axis, with one -1 filled in.
 

@@ -18,6 +18,7 @@ CHANGES = {
     "model.weight": "ternary",
     "model.compute_dtype": "bfloat16",
     "model.attention": "reference",
+    "model.gather": "matrix",
     "model.remat": "dots",
     "data.sets": "web=3,books",
     "optimizer.no_decay": "norm,embedding",

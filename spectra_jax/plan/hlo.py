@@ -115,8 +115,8 @@ def _turns(line: str, condition: list[str], body: list[str]) -> int:
     step = 1
     if len(counters) == 1 and int(counters[0]) < len(names):
         made = {found[1]: line for line in body if (found := re.match(r"\s*(?:ROOT )?%([\w.\-]+) = ", line))}
-        added = re.search(r" add\(%([\w.\-]+), %([\w.\-]+)\)", made[names[int(counters[0])]])
-        steps = [int(n[1]) for name in added.groups() if (n := _NUMBER.search(made[name]))] if added else []
+        added = re.search(r" add\(%([\w.\-]+), %([\w.\-]+)\)", made.get(names[int(counters[0])], ""))
+        steps = [int(n[1]) for name in added.groups() if (n := _NUMBER.search(made.get(name, "")))] if added else []
         step = steps[0] if steps else 1
     return -(-int(limits[0]) // step)
 

@@ -4,6 +4,7 @@ import os
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import prod
 
 import jax
 from jax.experimental import topologies
@@ -24,7 +25,6 @@ class Family:
     cores: int  # of a device
     per_chip: int  # devices
     hbm: float  # GiB that a program may use; less than the chip's where libtpu says so
-    hbm_bandwidth: float  # bytes a second
     link: float  # bytes a second, of one link of the torus
     axes: int  # of the torus
     config: str = "default"
@@ -35,14 +35,14 @@ class Family:
         return hardware.table_peak(self.kind, self.cores).value
 
 
-# Memory and its bandwidth: Cloud TPU documentation; 15.75 of 16 GiB is what the compiler's own refusal says for v5e,
+# Memory: Cloud TPU documentation; 15.75 of 16 GiB is what the compiler's own refusal says for v5e,
 # the others are whole. Links: "How to scale your model" (jax-ml.github.io/scaling-book), not measured.
 FAMILIES = {
-    "v4": Family("v4", "TPU v4", 2, 1, 32.0, 1228e9, 4.5e10, 3, "megacore"),
-    "v5e": Family("v5e", "TPU v5 lite", 1, 1, 15.75, 819e9, 4.5e10, 2),
-    "v5p": Family("v5", "TPU v5", 2, 1, 95.0, 2765e9, 9e10, 3, "megacore"),
-    "v6e": Family("v6e", "TPU v6 lite", 1, 1, 32.0, 1640e9, 9e10, 2),
-    "tpu7x": Family("tpu7x", "TPU7x", 1, 2, 96.0, 7380e9 / 2, 9e10, 3),
+    "v4": Family("v4", "TPU v4", 2, 1, 32.0, 4.5e10, 3, "megacore"),
+    "v5e": Family("v5e", "TPU v5 lite", 1, 1, 15.75, 4.5e10, 2),
+    "v5p": Family("v5", "TPU v5", 2, 1, 95.0, 9e10, 3, "megacore"),
+    "v6e": Family("v6e", "TPU v6 lite", 1, 1, 32.0, 9e10, 2),
+    "tpu7x": Family("tpu7x", "TPU7x", 1, 2, 96.0, 9e10, 3),
 }
 # Accelerator types as they are ordered. v4 and v5p count cores.
 TYPES = {
@@ -67,15 +67,7 @@ class Topology:
     @property
     def chips(self) -> int:
         """All of them."""
-        count = self.slices
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def devices_per_slice(self) -> int:
-        """As JAX counts them."""
-        return self.chips // self.slices * self.family.per_chip
+        return self.slices * prod(self.shape)
 
 
 def parse(name: str) -> Topology:

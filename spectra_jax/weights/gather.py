@@ -7,7 +7,6 @@ sum over devices: a reduce-scatter, where the compiler has one (`LOG.md`).
 
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
 from typing import no_type_check
 
 import jax
@@ -17,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from pallas_kernels import api
-from spectra_jax.sharding import gathered, in_mesh
+from spectra_jax.sharding import gathered, in_mesh, parts
 from spectra_jax.weights.form import Form, form, static
 from spectra_jax.weights.frozen import Frozen, expand
 from spectra_jax.weights.rule import Rule, Shards, Statistics
@@ -97,7 +96,7 @@ def _matrix(packed: bool, frozen: Frozen, dtype: jnp.dtype) -> Float[Array, "m n
     """
     codes, spec = frozen.codes, jax.typeof(frozen.codes).sharding.spec
     whole = P(*(None if axis == AXIS else axis for axis in spec))
-    packed = packed and codes.shape[0] % (PER_BYTE * _devices(spec[0])) == 0
+    packed = packed and codes.shape[0] % (PER_BYTE * parts(spec[0])) == 0
     if packed:
         codes = jax.shard_map(api.pack, in_specs=spec, out_specs=spec)(codes)
     scale = expand(frozen.scales, frozen.codes.shape, frozen.axis)
@@ -109,8 +108,3 @@ def _matrix(packed: bool, frozen: Frozen, dtype: jnp.dtype) -> Float[Array, "m n
 
     run = jax.shard_map(local, in_specs=(whole, across), out_specs=whole)
     return run(gathered(codes, whole), gathered(scale, across))
-
-
-def _devices(axes: str | tuple[str, ...] | None) -> int:
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    return prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)

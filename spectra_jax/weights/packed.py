@@ -12,7 +12,6 @@ inputs; int2 is then the canonical storage of `pallas_kernels`, and so is trit.
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
-from math import prod
 from typing import no_type_check
 
 import jax
@@ -21,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree, Shaped, UInt8
 
 from pallas_kernels import api
-from spectra_jax.sharding import gathered, in_mesh
+from spectra_jax.sharding import gathered, in_mesh, parts
 from spectra_jax.weights.form import Form, form, is_form, static
 from spectra_jax.weights.frozen import Frozen
 
@@ -143,11 +142,11 @@ def unpack(parameters: PyTree, like: PyTree) -> PyTree:
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _unpacked(node: Bits, parts: P, spec: P) -> Shaped[Array, "*L m n"]:
+def _unpacked(node: Bits, held: P, spec: P) -> Shaped[Array, "*L m n"]:
     """Every device its part, then to where the array is wanted."""
-    inputs = node.m // _devices(parts, -2)
-    run = jax.shard_map(lambda data: replace(node, data=data, m=inputs).unpacked(), in_specs=parts, out_specs=parts)
-    return gathered(run(gathered(node.data, parts)), spec)
+    inputs = node.m // (parts(held[-2]) if len(held) else 1)  # P() is one whole
+    run = jax.shard_map(lambda data: replace(node, data=data, m=inputs).unpacked(), in_specs=held, out_specs=held)
+    return gathered(run(gathered(node.data, held)), spec)
 
 
 def _each_packed(f: Callable, parameters: PyTree, like: PyTree) -> PyTree:
@@ -176,11 +175,4 @@ def _spec(node: Bits, matrix: Array | jax.ShapeDtypeStruct) -> P:
     axes = tuple(matrix.sharding.spec)
     *lead, inputs, outputs = axes + (None,) * (len(matrix.shape) - len(axes))
     run = 5 if node.kind == "trit" else RUN
-    return P(*lead, None if node.m % (run * _devices(P(inputs), 0)) else inputs, outputs)
-
-
-def _devices(spec: P, dim: int) -> int:
-    """Parts that a dim is in."""
-    axes = spec[dim] if len(spec) else None  # P() is one whole
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    return prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
+    return P(*lead, None if node.m % (run * parts(inputs)) else inputs, outputs)

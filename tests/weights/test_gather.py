@@ -29,7 +29,7 @@ def loss_and_gradient(mesh_shape, *overrides):
         run = jax.jit(jax.value_and_grad(lambda p, t: batch_loss(graphdef, p, t, 1)))
         program = run.lower(parameters, tokens).compile()
         loss, gradient = program(parameters, tokens)
-        assert jax.tree.map(lambda g, p: g.sharding.spec == p.sharding.spec, gradient, parameters)
+        assert jax.tree.all(jax.tree.map(lambda g, p: g.sharding.spec == p.sharding.spec, gradient, parameters))
     return float(loss), jax.device_get(gradient), program.as_text()
 
 
