@@ -108,6 +108,14 @@ class Llama(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
+def absent() -> str | None:
+    """Why there is no GPU for PyTorch; None if there is one."""
+    if torch.cuda.is_available():
+        return None
+    built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
+    return f"PyTorch {torch.__version__} sees no GPU (it {built})"
+
+
 class Torch:
     """A contender: model, optimizer and the step, at a constant learning rate."""
 
@@ -127,6 +135,13 @@ class Torch:
             lr=config.schedule.peak, betas=(o.b1, o.b2), eps=o.eps, fused=True,
         )
         self.loss = torch.compile(self.model) if compiled else self.model
+
+    def about(self) -> dict:
+        """The device and what computes on it."""
+        if self.device == "cpu":
+            return {"device": "cpu", "software": f"torch {torch.__version__}"}
+        versions = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+        return {"device": torch.cuda.get_device_name(), "software": f"torch {torch.__version__} ({versions})"}
 
     def batch(self, tokens: np.ndarray) -> torch.Tensor:
         """Records (B, T + 1) on the device."""

@@ -1,15 +1,23 @@
 """Speed and memory of one training step, against PyTorch on the same weights, batches and maths.
 
-    python benchmarks/train_step.py [--shape="D256 F640 L8 N4 V8192 B8 T512"] [--device=cpu|gpu]
+    python benchmarks/train_step.py [--shape="D256 F640 L8 N4 V8192 B8 T512"]
+    python benchmarks/train_step.py --device=gpu [--remat=none|dots|full] [--shape="99m B16"] [--shape=...]
 
 Every contender is a process of its own, so that its peak memory is its own. All are started and
 warmed up, then asked in turn, round after round, for a few timed steps: the noise of the machine
 hits all alike, and only one computes at a time. Ratios are medians over the rounds of the ratio
 within a round. The losses of the first five steps must agree, or the exit status is 1. The last
-line of the output is JSON with everything; absolute times are nowhere else.
+line of the output is JSON with everything (one line for each shape).
 
 Contenders: torch-eager and torch-compile; float and tri (layers unrolled, everything kept for the
-backward pass); float-remat and tri-remat (a scan over layers that keeps block inputs only).
+backward pass); float-remat and tri-remat (a scan over layers that keeps block inputs only). With
+--remat other than none, float and tri too are a scan, under that policy.
+
+On a GPU they compute in bfloat16, with parameters and AdamW in float32, and ours with cuDNN's
+attention (PyTorch's is `scaled_dot_product_attention`). By default three sizes of the suite run,
+each with a batch at which three contenders should fit on an H200 together: ours take 10, 18 and 26
+GiB each by the compiler. A table in Markdown for LOG.md has tokens per second and model FLOPs
+utilisation, too. Where PyTorch sees no GPU, ours run alone.
 """
 
 import argparse
@@ -19,17 +27,15 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
 import numpy as np
-from contender import Contender
+from contender import FIRST, measure, say
 
 from spectra_jax import config as configs
 from spectra_jax import suite
@@ -41,7 +47,12 @@ from spectra_jax.schema import Config, Data, Model, Schedule, Train
 CONTENDERS = ("torch-compile", "torch-eager", "float", "float-remat", "tri", "tri-remat")
 SHAPE = "D256 F640 L8 N4 V8192 B8 T512"
 QUICK = "D64 F160 L2 N2 V512 B2 T64"
-FIRST = 5  # steps whose losses are compared, which also warm up
+DEFAULTS = {
+    "cpu": dict(shape=[SHAPE], contenders=",".join(CONTENDERS[:-1]), steps=2, rounds=7),
+    "gpu": dict(
+        shape=["99m B16", "390m B8", "1.1b B4"], contenders="torch-compile,float,tri", steps=10, rounds=5
+    ),
+}
 # How far those losses may be apart: the same to 4 decimals, or what bfloat16 lets one expect.
 TOLERANCE = {"float32": 5e-5, "bfloat16": 2e-2}
 
@@ -70,48 +81,15 @@ def make_config(shape: str, device: str, overrides: Sequence[str] = ()) -> Confi
     D, F, L, N, V, B, T = (int(sizes[name]) for name in "DFLNVBT")
     if N < 1 or D % N:
         raise UserError(f"--shape: D={D} is not divisible by N={N} heads")
-    low = {"cpu": "float32", "gpu": "bfloat16"}[device]
+    # Without a warm-up, the large models of a GPU would not bear the rate of the small one.
+    low, form, peak = {"cpu": ("float32", "causal_blocks", 1e-3), "gpu": ("bfloat16", "cudnn", 1e-4)}[device]
     config = Config(
-        model=Model(D=D, F=F, L=L, N=N, K=N, H=D // N, V=V, compute_dtype=low),
+        model=Model(D=D, F=F, L=L, N=N, K=N, H=D // N, V=V, compute_dtype=low, attention=form),
         data=Data(batch=B, T=T),
         train=Train(steps=1_000_000),
-        schedule=Schedule(shape="linear", peak=1e-3, warmup=0.0, final=1.0),
+        schedule=Schedule(shape="linear", peak=peak, warmup=0.0, final=1.0),
     )
     return configs.override(check(config), overrides)
-
-
-def measure(
-    names: Sequence[str], config: Config, device: str, steps: int, rounds: int
-) -> tuple[dict, dict[str, dict]]:
-    """Facts about the work, and what was seen of every contender."""
-    start = partial(Contender, config=config, device=device)
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        with start("float-remat", folder=folder) as writer:
-            writer.receive()
-            facts = writer.ask("weights")
-        contenders = {name: stack.enter_context(start(name, folder=folder)) for name in names}
-        for contender in contenders.values():
-            contender.receive()
-        seen = {}
-        for name, contender in contenders.items():
-            say(f"warming up {name}")
-            warm = [contender.ask("steps", steps=[i]) for i in range(FIRST)]
-            usual = median(step["seconds"] for step in warm[1:])
-            seen[name] = {
-                "losses": [step["losses"][0] for step in warm],
-                "compile_seconds": warm[0]["seconds"] - usual,
-                "step_seconds": [],
-            }
-        for i in range(rounds):
-            say(f"round {i + 1} of {rounds}")
-            todo = list(range(FIRST + i * steps, FIRST + (i + 1) * steps))
-            for k in range(len(names)):  # each round begins with another one
-                name = names[(i + k) % len(names)]
-                seconds = contenders[name].ask("steps", steps=todo)["seconds"]
-                seen[name]["step_seconds"].append(seconds / steps)
-        for name, contender in contenders.items():
-            seen[name] |= contender.ask("finish")
-    return facts, seen
 
 
 def summarise(facts: Mapping, seen: Mapping[str, Mapping], config: Config) -> dict:
@@ -160,9 +138,6 @@ def loss_spread(seen: Mapping[str, Mapping]) -> float:
 
 def table(result: Mapping) -> str:
     """What people read."""
-    def show(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
     lines = [
         f"{'':<14}{'speed':>6} {'(range)':>13}{'memory':>11}{'ratio':>7}{'compile':>9}"
         f"{'of peak':>9}  losses of the first {FIRST} steps"
@@ -195,15 +170,49 @@ def origin() -> dict:
         "commit": git("rev-parse", "--short", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
-        "versions": {n: version(n) for n in ("jax", "jaxlib", "flax", "optax", "torch")},
+        "versions": {n: version(n) for n in ("jax", "jaxlib", "flax", "optax", "torch") if find_spec(n)},
         "cpus": os.cpu_count(),
         "load_average": os.getloadavg()[0],
     }
 
 
-def say(text: str) -> None:
-    """Progress, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+def log_entry(runs: Mapping[str, Mapping], where: Mapping) -> str:
+    """All shapes in one table of Markdown, as LOG.md has them.
+
+    Args:
+      runs: what `summarise` made, by shape.
+      where: `origin`, and how it was run: `device`, `remat`, `attention`, `dtype`, `steps`, `rounds`.
+    """
+    seen = {c["device"]: None for run in runs.values() for c in run["contenders"].values()}
+    base = next(iter(runs.values()))["baseline"]
+    software = {c["software"]: None for run in runs.values() for c in run["contenders"].values()}
+    absent = {f"{name}: {why}": None for run in runs.values() for name, why in run["absent"].items()}
+    dirty = " and uncommitted changes" if where["uncommitted_changes"] else ""
+    lines = [
+        f"## {where['date']}: a training step on {', '.join(seen)}",
+        "",
+        f"`python benchmarks/train_step.py --device={where['device']} --remat={where['remat']}`, commit "
+        f"`{where['commit']}`{dirty}, {'; '.join(software)}. {where['dtype']}, attention {where['attention']}. Medians "
+        f"of {where['rounds']} rounds of {where['steps']} steps; MFU by 6 P + 12 L N H T FLOPs a token.",
+        *(f"Not measured: {reason}." for reason in absent),
+        "",
+        f"| shape | contender | tokens/s | MFU | speed / {base} (range) | step of TriLM / FloatLM | peak memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for shape, run in runs.items():
+        for name, c in run["contenders"].items():
+            low, high = c["speed_ratio_range"]
+            lines.append(
+                f"| {shape} | {name} | {c['tokens_per_second']:,.0f} | {show(c['fraction_of_peak'], '.1%')} "
+                f"| {c['speed_ratio']:.2f} ({low:.2f}-{high:.2f}) "
+                f"| {show(run['tri_to_float_step_time'].get(name), '.3f')} | {c['memory_bytes'] / 2**30:.1f} GiB |"
+            )
+    return "\n".join(lines)
+
+
+def show(value: float | None, form: str) -> str:
+    """The number, or a dash."""
+    return "-" if value is None else format(value, form)
 
 
 def parse() -> argparse.Namespace:
@@ -217,15 +226,19 @@ def parse() -> argparse.Namespace:
         "values are changed for all by --config.SECTION.KEY=VALUE, as in `spectra train`.",
     )
     arg = parser.add_argument
-    arg("--shape", help=f'"{SHAPE}" (default), or a size of the suite: "99m B4"')
+    arg("--shape", action="append", help=f'"{SHAPE}" or a size of the suite, "99m B4"; more than once for several')
     arg("--device", choices=("cpu", "gpu"), default="cpu", help="gpu computes in bfloat16")
-    arg("--contenders", default=",".join(CONTENDERS[:-1]), help="(default %(default)s)")
-    arg("--steps", type=int, default=2, help="timed steps per round (default %(default)s)")
-    arg("--rounds", type=int, default=7, help="rounds (default %(default)s)")
+    arg("--remat", choices=("none", "dots", "full"), default="none", help="of float and tri (default %(default)s)")
+    arg("--contenders", help=f"(default {DEFAULTS['cpu']['contenders']}; on a GPU {DEFAULTS['gpu']['contenders']})")
+    arg("--steps", type=int, help="timed steps per round (default 2, on a GPU 10)")
+    arg("--rounds", type=int, help="rounds (default 7, on a GPU 5)")
     arg("--quick", action="store_true", help=f'a trial: "{QUICK}", 3 rounds of 1 step')
     args, rest = parser.parse_known_args()
     if args.quick:
-        args.shape, args.steps, args.rounds = args.shape or QUICK, 1, 3
+        args.shape, args.steps, args.rounds = args.shape or [QUICK], 1, 3
+    for name, value in DEFAULTS[args.device].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.steps < 1 or args.rounds < 1:
         raise UserError(f"--steps={args.steps}, --rounds={args.rounds}: both must be at least 1")
     unknown = [text for text in rest if not text.startswith("--config.")]
@@ -233,30 +246,38 @@ def parse() -> argparse.Namespace:
     unknown += [name for name in args.names if name not in CONTENDERS]
     if unknown:
         raise UserError(f"unknown {', '.join(unknown)}; contenders are {', '.join(CONTENDERS)}")
-    overrides = [text.removeprefix("--config.") for text in rest]
-    args.config = make_config(args.shape or SHAPE, args.device, overrides)
+    overrides = [f"model.remat={args.remat}"] + [text.removeprefix("--config.") for text in rest]
+    args.configs = {shape: make_config(shape, args.device, overrides) for shape in args.shape}
     return args
 
 
 def main() -> int:
     """Runs the benchmark; the exit status is 1 where the losses disagree, 2 where it cannot run."""
+    runs, apart = {}, []
     try:
         args, where = parse(), origin()
-        facts, seen = measure(args.names, args.config, args.device, args.steps, args.rounds)
+        for shape, config in args.configs.items():
+            facts, seen = measure(args.names, config, args.device, args.steps, args.rounds)
+            runs[shape] = facts | summarise(facts, seen, config)
+            print(f"{shape}\n{table(runs[shape])}" if len(args.configs) > 1 else table(runs[shape]), flush=True)
+            spread, tolerance = runs[shape]["loss_spread"], TOLERANCE[config.model.compute_dtype]
+            if not spread <= tolerance:  # not even if it is NaN
+                apart.append(f"{shape}: float losses differ by {spread:.1e}, more than {tolerance}")
     except UserError as error:
         say(f"error: {error}")
         return 2
-    result = summarise(facts, seen, args.config)
-    print(table(result))
     load, cpus = where["load_average"], where["cpus"]
     print(f"load average before the start: {load:.1f} on {cpus} CPUs (ratios are best read near 0)")
-    values = {"device": args.device, "config": configs.to_dict(args.config)}
-    print(json.dumps(where | values | facts | result))
-    tolerance = TOLERANCE[args.config.model.compute_dtype]
-    if not result["loss_spread"] <= tolerance:  # not even if it is NaN
-        say(f"error: float losses differ by {result['loss_spread']:.1e}, more than {tolerance}")
-        return 1
-    return 0
+    if args.device == "gpu" or len(runs) > 1:
+        m = config.model
+        how = dict(device=args.device, remat=m.remat, attention=m.attention, dtype=m.compute_dtype)
+        print("\n" + log_entry(runs, where | how | dict(steps=args.steps, rounds=args.rounds)) + "\n")
+    for shape, run in runs.items():
+        values = {"device": args.device, "config": configs.to_dict(args.configs[shape])}
+        print(json.dumps(where | values | run))
+    for line in apart:
+        say(f"error: {line}")
+    return 1 if apart else 0
 
 
 if __name__ == "__main__":

@@ -23,15 +23,17 @@ def check(config: Config) -> Config:
         ("model", ("V", "D", "F", "L", "N", "K", "H", "scale_shards", "attention_blocks", "unroll")),
         ("data", ("T", "batch", "read_threads")),
         ("train", ("accumulate", "loss_chunks", "max_skipped", "skip_window", "heartbeat_seconds")),
+        ("train", ("loss_scale_window",)),
         ("checkpoint", ("every_steps", "keep")),
-        ("metrics", ("every_steps",)),
+        ("metrics", ("every_steps", "profile_steps")),
         ("quantize", ("samples", "batch", "block")),
     ):
         for name in names:
             value = getattr(getattr(config, section), name)
             _require(value >= 1, f"config.{section}.{name}={value} must be at least 1")
     _check_ranges(config)
-    one_of(m.compute_dtype, ("auto", "float32", "bfloat16"), "config.model.compute_dtype")
+    one_of(m.compute_dtype, ("auto", "float32", "bfloat16", "float16"), "config.model.compute_dtype")
+    one_of(m.gradient_dtype, ("compute", "float32"), "config.model.gradient_dtype")
     one_of(m.gather, ("codes", "int8", "matrix"), "config.model.gather")
     one_of(s.shape, ("cosine", "linear"), "config.schedule.shape")
     one_of(s.lowering, ("jump", "continuous"), "config.schedule.lowering")
@@ -52,6 +54,10 @@ def check(config: Config) -> Config:
         d.T % t.loss_chunks == 0,
         f"config.data.T={d.T} is not divisible by config.train.loss_chunks={t.loss_chunks}; "
         f"use {_nearest_divisor(d.T, t.loss_chunks)} chunks",
+    )
+    _require(
+        t.loss_scale >= t.loss_scale_min > 0,
+        f"config.train.loss_scale={t.loss_scale} must be at least loss_scale_min={t.loss_scale_min}, and that positive",
     )
     _require(t.steps + t.tokens > 0, f"config.train.steps={t.steps}, tokens={t.tokens}: nothing to train")
     for name, value in (("b1", o.b1), ("b2", o.b2)):

@@ -195,9 +195,14 @@ def verify(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     from spectra_jax import config
-    from spectra_jax.plan.report import plan
+    from spectra_jax.plan.report import plan, searched
+    from spectra_jax.plan.serving import serving
 
-    print(plan(config.load(args.config, args.overrides), args.topology, compile=args.compile, price=args.price))
+    settings = config.load(args.config, args.overrides)
+    if args.serve:
+        print(serving(settings, args.topology))
+    else:
+        print((searched if args.search else plan)(settings, args.topology, compile=args.compile, price=args.price))
 
 
 def suite(args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from spectra_jax.errors import UserError
 
 FILE = "metrics.jsonl"
-KINDS = ("train", "eval", "weights", "event")
+KINDS = ("train", "eval", "weights", "event", "time")
 
 
 class MetricsWriter:

@@ -243,14 +243,18 @@ def _looking_at_runs(add: Callable) -> None:
     arg("workdir", **run)
 
     arg = add(
-        "plan", "Whether a config fits TPU slices that are not here, what crosses devices, and the bound on its speed.",
-        "Example:\n  spectra plan --config=configs/trilm.py:3.9b --topology=v5p:4x4x4 --compile \\\n"
-        "               --config.data.batch=512 --config.model.remat=full", True,
+        "plan", "Whether a config fits accelerators that are not here, what crosses devices, the bound on its speed.",
+        "Examples:\n  spectra plan --config=configs/trilm.py:3.9b --topology=v5p:4x4x4 --compile \\\n"
+        "               --config.data.batch=512 --config.model.remat=full\n"
+        "  spectra plan --config=configs/trilm.py:3.9b --topology=v5e-16 --topology=h100:8 --search", True,
     )
     arg("--config", required=True, metavar="FILE.py[:ARG]", help="config file and the argument of its get_config")
     arg("--topology", required=True, action="append", metavar="v5p:4x4x4", help="slices by family and chips a side, "
-        "or an accelerator type such as v5p-128; *2 after it for two slices; may be given again")
+        "an accelerator type such as v5p-128, or GPUs of a node such as h100:8; *2 after it for two slices or nodes; "
+        "may be given again")
     arg("--compile", action="store_true", help="compile the real step by libtpu: a minute or two")
+    arg("--search", action="store_true", help="try meshes, remat and microbatches, and rank what fits")
+    arg("--serve", action="store_true", help="generation instead: weights, cache, bound on tokens per second")
     arg("--price", type=float, default=0.0, help="of a chip for an hour")
 
     add("suite", "Print the published suite: sizes, learning rates, sizes in bits.")

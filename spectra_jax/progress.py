@@ -40,6 +40,7 @@ FIELDS: Mapping[str, tuple[int, Callable[[float], str]]] = {
     "tokens_per_second": (3, lambda v: f"{human(v)} tok/s"),
     "mfu": (6, lambda v: f"mfu {v:.1%}"),
     "stall": (9, lambda v: f"stall {v:.1%}"),
+    "stall_max": (9, lambda v: f"worst {v:.1%}"),  # of all processes
     "eta": (2, lambda v: f"eta {duration(v)}"),
     "zeros": (7, lambda v: f"zeros {v:.1%}"),
     "flips": (7, lambda v: f"flips {v:.2%}"),

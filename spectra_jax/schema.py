@@ -29,10 +29,14 @@ class Model:
     init_std: float = 0.02  # not stated in the paper; the field's usual value
     # GPT-2's 1/sqrt(2L) on the matrices that write to the residual stream; not stated in the paper
     init_residual_scaling: bool = True
-    compute_dtype: str = "auto"  # bfloat16 on accelerators, float32 on CPU, where bfloat16 is slower
+    # "auto" is bfloat16 on accelerators and float32 on CPU, where bfloat16 is slower; float16 comes with a loss scale
+    compute_dtype: str = "auto"
+    # Of the blocks' and the embedding's gradients, as a device forms them and as they are added up over devices:
+    # "compute", that of activations, or "float32", at twice the bytes. The head's and the norms' always are float32.
+    gradient_dtype: str = "compute"
     # What of a quantized matrix goes to the devices that share it: codes at 2 bits, int8, or the matrix, as of floats
     gather: str = "codes"
-    attention: str = "causal_blocks"  # or "splash", the kernel of TPUs; "reference"
+    attention: str = "causal_blocks"  # or the kernels: "splash" of TPUs, "cudnn" and "flash" of GPUs; "reference"
     attention_blocks: int = 4  # key blocks above the diagonal are not computed
     remat: str = "none"  # none, dots (keep matrix products), full (keep block inputs only)
     unroll: int = 1  # blocks per iteration of the scan over layers; L unrolls it whole
@@ -56,11 +60,21 @@ class Train:
     steps: int = 0  # when positive, overrides `tokens`
     accumulate: int = 1  # microbatches per step
     loss_chunks: int = 8  # the vocabulary-sized logits exist for one chunk of the sequence at a time
-    max_skipped: int = 20  # skipped steps in a row before the run is given up; those that are not finite always are
+    # Skipped steps in a row before the run is given up; those that are not finite always are. With float16 those that
+    # its loss scale is to blame for do not count.
+    max_skipped: int = 20
     skip_sigma: float = 0.0  # also skip a loss or gradient norm so many deviations above its window (6 is usual); 0: no
     skip_window: int = 128  # steps in that window
+    # What multiplies gradients in float16, and there only: at first; at least; doubled after so many steps without an
+    # overflow. Not stated in the paper: the defaults of its code base, GPT-NeoX on DeepSpeed (which once began at
+    # 2^32). The paper's counts of skipped steps fit this window.
+    loss_scale: float = 2.0**16
+    loss_scale_min: float = 1.0
+    loss_scale_window: int = 1000
     stuck_seconds: float = 3600.0  # without a finished step, compilation or evaluation: show all stacks, exit; 0: never
     heartbeat_seconds: int = 100  # of several processes, one that is silent for so long is dead, and the others end
+    # Programs are kept in ~/.cache/spectra_jax/xla, or where JAX_COMPILATION_CACHE_DIR says (GPUs, TPUs, one process)
+    compile_cache: bool = True
 
 
 @dataclass(frozen=True)
@@ -129,6 +143,8 @@ class Metrics:
 
     every_steps: int = 10
     weights_every_steps: int = 100  # zeros, flips and scales of quantized matrices; 0 for never
+    profile_at: int = 0  # the first step of a trace by JAX's profiler, into WORKDIR/profile; 0 for none
+    profile_steps: int = 3  # steps in that trace
     tensorboard: bool = False
     wandb: bool = False
 

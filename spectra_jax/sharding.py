@@ -15,6 +15,7 @@ from spectra_jax.errors import UserError
 from spectra_jax.schema import Config, Mesh
 
 AXES = ("slice", "data", "model")
+TYPES = (jax.sharding.AxisType.Explicit,) * len(AXES)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,25 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> jax.sh
       UserError: devices, batch or a dim of the model do not divide, or slices are not on the axis of slices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = dict(zip(AXES, mesh_shape(config.mesh, len(devices))))
+    return _in_hardware_order(checked_shape(config, len(devices)), devices)
+
+
+def abstract_mesh(config: Config, devices: int) -> jax.sharding.AbstractMesh:
+    """The mesh on so many devices that are not here, to lower for.
+
+    Raises:
+      UserError: as `make_mesh`.
+    """
+    return jax.sharding.AbstractMesh(checked_shape(config, devices), AXES, axis_types=TYPES)
+
+
+def checked_shape(config: Config, devices: int) -> tuple[int, int, int]:
+    """Devices per axis.
+
+    Raises:
+      UserError: devices, batch or a dim of the model do not divide.
+    """
+    shape = dict(zip(AXES, mesh_shape(config.mesh, devices)))
     m, replicas = config.model, shape["slice"] * shape["data"]
     micro = config.data.batch // config.train.accumulate
     if micro % replicas:
@@ -104,7 +123,7 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> jax.sh
                     f"config.model.{name}={size} is not divisible by the {axis} axis ({shape[axis]}); "
                     f"change --config.mesh.{axis} or config.model.{name}"
                 )
-    return _in_hardware_order(tuple(shape.values()), devices)
+    return tuple(shape.values())
 
 
 def _in_hardware_order(shape: tuple[int, int, int], devices: list[jax.Device]) -> jax.sharding.Mesh:
@@ -123,9 +142,11 @@ def _in_hardware_order(shape: tuple[int, int, int], devices: list[jax.Device]) -
         order = mesh_utils.create_hybrid_device_mesh(within, between, devices, **split)
     else:
         order = mesh_utils.create_device_mesh(shape, devices, **split)
-    return jax.sharding.Mesh(order, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES))
+    return jax.sharding.Mesh(order, AXES, axis_types=TYPES)
 
 
-def batch_sharding(mesh: jax.sharding.Mesh, rules: Rules = Rules()) -> NamedSharding:
+def batch_sharding(
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, rules: Rules = Rules()
+) -> NamedSharding:
     """How a batch of token records (B, T+1) is spread."""
     return NamedSharding(mesh, P(rules.batch, rules.time))

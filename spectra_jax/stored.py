@@ -90,7 +90,7 @@ def size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def abstract(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+def abstract(tree: PyTree, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> PyTree:
     """Shapes, dtypes and concrete shardings of what `jax.eval_shape` gave, whose shardings name no devices."""
 
     def concrete(leaf: Any) -> jax.ShapeDtypeStruct:

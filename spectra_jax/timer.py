@@ -20,7 +20,8 @@ class Timer:
     """Splits wall time into PHASES and turns it into rates.
 
     Time belongs to "train" unless a `with timer.phase(...)` claims it; phases may nest, the inner
-    one counts. `previous` is `seconds` of the run before it was stopped and resumed.
+    one counts. `previous` is `seconds` of the run before it was stopped and resumed; names in it that
+    are no phases ("start" and "lost" of train/goodput.py) are carried along.
     """
 
     def __init__(self, previous: Mapping[str, float] | None = None):

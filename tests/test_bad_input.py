@@ -57,7 +57,7 @@ def command(workdir: Path, *overrides: str) -> list[str]:
         ("optimizer.weight_decay=on", "config.optimizer.weight_decay='on' is not of type float"),
         ("model.weight=ternery", "config.model.weight='ternery' is not one of float, ternary, binary, bitnet158; "
                                  "did you mean ternary?"),
-        ("model.attention=flash", "config.model.attention='flash' is not one of"),
+        ("model.attention=flesh", "config.model.attention='flesh' is not one of"),
         ("model.remat=all", "config.model.remat='all' is not one of"),
         ("schedule.shape=cosin", "did you mean cosine?"),
         ("model.N=3", "config.model.N=3 is not divisible by config.model.K=2"),

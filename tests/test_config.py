@@ -17,6 +17,7 @@ CHANGES = {
     "model.K": "4",
     "model.weight": "ternary",
     "model.compute_dtype": "bfloat16",
+    "model.gradient_dtype": "float32",
     "model.attention": "reference",
     "model.gather": "matrix",
     "model.remat": "dots",
@@ -345,9 +346,19 @@ def test_mixture():
         (Config(train=Train(tokens=0)), "nothing to train"),
         (Config(train=Train(steps=-1)), r"config\.train\.steps=-1 must be a finite number, not negative"),
         (
-            Config(model=Model(compute_dtype="float16")),
-            r"compute_dtype='float16' is not one of auto, float32, bfloat16",
+            Config(model=Model(compute_dtype="float8")),
+            r"compute_dtype='float8' is not one of auto, float32, bfloat16, float16; did you mean float32\?",
         ),
+        (
+            Config(model=Model(gradient_dtype="bfloat16")),
+            r"gradient_dtype='bfloat16' is not one of compute, float32",
+        ),
+        (
+            Config(train=Train(loss_scale=0.5)),
+            r"train\.loss_scale=0\.5 must be at least loss_scale_min=1\.0, and that positive",
+        ),
+        (Config(train=Train(loss_scale_min=0.0)), r"at least loss_scale_min=0\.0, and that positive"),
+        (Config(train=Train(loss_scale_window=0)), r"config\.train\.loss_scale_window=0 must be at least 1"),
         (
             Config(schedule=Schedule(shape="cosin")),
             r"shape='cosin' is not one of cosine, linear; did you mean cosine\?",

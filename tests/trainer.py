@@ -100,9 +100,10 @@ def last_step(workdir: Path) -> int:
 
 
 def comparable(workdir: Path) -> list[dict]:
-    """All records, without what depends on the clock or on where a process began."""
+    """All records but those of time, without what depends on the clock or on where a process began."""
     return [
-        {k: v for k, v in r.items() if k not in CLOCK and not k.endswith("/flips")} for r in metrics.read(workdir)
+        {k: v for k, v in r.items() if k not in CLOCK and not k.endswith("/flips")}
+        for r in metrics.read(workdir) if r["kind"] != "time"
     ]
 
 

@@ -5,14 +5,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from spectra_jax.errors import one_of
+from spectra_jax.model.attention_kernels import TILE, cudnn_kernel, flash_kernel, splash_kernel
 from spectra_jax.sharding import in_mesh
 
-TILE = 128  # tokens in the smallest tile of the TPU's kernel
 MASKED = -1e30  # finite, so that no row can turn into NaN
 
 
@@ -63,42 +62,51 @@ def causal_blocks(
 def splash(
     q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], blocks: int
 ) -> Float[Array, "B T N H"]:
-    """JAX's own kernel for TPUs, which never holds scores in memory, forward or backward.
+    """JAX's own kernel for TPUs, where T is a multiple of 128; elsewhere `causal_blocks`, as for a short prompt.
 
-    Its tiles are of 128 tokens at least: where T is no multiple (a short prompt), and on anything but a TPU,
-    `causal_blocks` computes the same.
+    So it is with float16, which the compiler of TPU kernels does not load.
     """
     other = partial(causal_blocks, blocks=blocks)
-    if q.shape[1] % TILE:
+    if q.shape[1] % TILE or q.dtype == jnp.float16:
         return other(q, k, v)
     return jax.lax.platform_dependent(q, k, v, tpu=splash_kernel, default=other)
 
 
-def splash_kernel(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], *, interpret: bool = False
+def cudnn(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], blocks: int
 ) -> Float[Array, "B T N H"]:
-    """The kernel on every device's own sequences and heads; `interpret` runs it anywhere, for tests."""
+    """NVIDIA's kernel, for GPUs of compute capability 8.0 and newer; the one to use on Hopper.
 
-    def local(q: Array, k: Array, v: Array) -> Array:
-        _, T, N, H = q.shape
-        tile = next(size for size in (512, 384, 256, TILE) if T % size == 0)
-        names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
-        sizes = splash_attention_kernel.BlockSizes(**dict.fromkeys(names, tile), use_fused_bwd_kernel=True)
-        mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((T, T))] * N)
-        run = splash_attention_kernel.make_splash_mha(
-            mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
-        )
-        q, k, v = (jnp.transpose(x, (0, 2, 1, 3)) for x in (q * H**-0.5, k, v))
-        return jnp.transpose(jax.vmap(run)(q, k, v), (0, 2, 1, 3)).astype(v.dtype)
-
-    if in_mesh():
-        specs = tuple(jax.typeof(x).sharding.spec for x in (q, k, v))
-        # Without vma: a kernel's result does not say over which axes it varies.
-        local = jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)
-    return local(q, k, v)
+    It takes float16 and bfloat16, heads of a multiple of 8 dims up to 128, and T from 128 on (less would bring
+    nothing); elsewhere `causal_blocks`. The order of sums in its backward pass is not fixed, so a repeated or resumed
+    run may differ in the last bits, unless XLA_FLAGS has --xla_gpu_exclude_nondeterministic_ops=true (XLA's
+    documentation, "Determinism (GPU)").
+    """
+    other = partial(causal_blocks, blocks=blocks)
+    # JAX asks for cuDNN as it traces, so where it is not installed the branch for GPUs cannot even be traced.
+    if jax.default_backend() != "gpu" or not _fits_gpus(q) or q.shape[3] % 8:
+        return other(q, k, v)
+    return jax.lax.platform_dependent(q, k, v, cuda=cudnn_kernel, default=other)
 
 
-ATTENTION: dict[str, Callable] = {"reference": reference, "causal_blocks": causal_blocks, "splash": splash}
+def flash(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], blocks: int
+) -> Float[Array, "B T N H"]:
+    """JAX's own kernel for GPUs, in Triton, with all sums in a fixed order.
+
+    It takes float16 and bfloat16, heads of up to 128 dims, and multiples of 128 as T; elsewhere `causal_blocks`.
+    """
+    other = partial(causal_blocks, blocks=blocks)
+    if not _fits_gpus(q) or q.shape[1] % TILE:
+        return other(q, k, v)
+    return jax.lax.platform_dependent(q, k, v, cuda=flash_kernel, default=other)
+
+
+def _fits_gpus(q: Float[Array, "B T N H"]) -> bool:
+    return q.dtype in (jnp.float16, jnp.bfloat16) and q.shape[1] >= TILE and q.shape[3] <= 128
+
+
+ATTENTION: dict[str, Callable] = {form.__name__: form for form in (reference, causal_blocks, splash, cudnn, flash)}
 
 
 def get_attention(name: str) -> Callable:

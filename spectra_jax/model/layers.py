@@ -25,7 +25,7 @@ class Linear(nnx.Module):
         rules: Rules,
         *,
         std: float,
-        gather: Gathering | None,
+        gather: Gathering,
         rngs: nnx.Rngs,
     ):
         """`dims` are the logical dims of `shape`; the latent weight starts normal with deviation `std`."""
@@ -43,10 +43,11 @@ class Linear(nnx.Module):
         w = self.w.get_value()
         if isinstance(w, Form):
             pass
-        elif self.rule.quantized and self.gather and divided(w):
+        elif self.rule.quantized and self.gather.codes and divided(w):
             w = Gathered.of(self.rule, w, statistics, self.shards, self.gather)
         else:
             w = self.rule.effective(w, statistics, self.shards)
+            w = Gathered(w, None, self.gather) if self.gather.float32 else w
         return matmul(self.rule.activation(x), w, out_sharding)
 
 

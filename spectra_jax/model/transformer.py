@@ -22,7 +22,7 @@ from spectra_jax.weights import get_rule
 from spectra_jax.weights.form import Form
 from spectra_jax.weights.frozen import matmul
 from spectra_jax.weights.gather import Gathering
-from spectra_jax.weights.rule import Statistics
+from spectra_jax.weights.rule import Statistics, straight_through
 
 Scales = dict[Key, Statistics | None]
 # What may take the place of attention, as a key-value cache does: (q, k, v), rotated, to what the values mix to. It is
@@ -49,7 +49,7 @@ class Attention(nnx.Module):
     def __init__(self, m: Model, rules: Rules, *, rngs: nnx.Rngs):
         self.m, self.rules = m, rules
         cut, last = partial(shards_of, m), residual_std(m)
-        gather = Gathering.of(m.gather, m.remat)
+        gather = Gathering.of(m)
         make = partial(Linear, rule=get_rule(m.weight), rules=rules, gather=gather, rngs=rngs)
         self.q = make((m.D, m.N * m.H), ("embed", "heads"), shards=cut(("attention", "q")), std=m.init_std)
         self.k = make((m.D, m.K * m.H), ("embed", "heads"), shards=cut(("attention", "k")), std=m.init_std)
@@ -80,7 +80,7 @@ class MLP(nnx.Module):
     def __init__(self, m: Model, rules: Rules, *, rngs: nnx.Rngs):
         self.rules = rules
         cut, last = partial(shards_of, m), residual_std(m)
-        gather = Gathering.of(m.gather, m.remat)
+        gather = Gathering.of(m)
         make = partial(Linear, rule=get_rule(m.weight), rules=rules, gather=gather, rngs=rngs)
         self.gate = make((m.D, m.F), ("embed", "ffn"), shards=cut(("mlp", "gate")), std=m.init_std)
         self.up = make((m.D, m.F), ("embed", "ffn"), shards=cut(("mlp", "up")), std=m.init_std)
@@ -142,8 +142,15 @@ class Transformer(nnx.Module):
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What the first block reads, in the compute dtype."""
         # Rows are looked up in the table gathered over D: a lookup in a table sharded by D would move activations.
-        embedding = gathered(self.embedding[...].astype(compute_dtype(self.m)), self.rules("vocab", None))
-        return embedding.at[tokens].get(out_sharding=self.rules("batch", "time", "act"))
+        def rows(table: Array) -> Array:
+            table = gathered(table, self.rules("vocab", None))
+            return table.at[tokens].get(out_sharding=self.rules("batch", "time", "act"))
+
+        w, dtype = self.embedding[...], compute_dtype(self.m)
+        x = rows(w.astype(dtype))
+        if self.m.gradient_dtype == "float32":  # forward nothing changes, and no float32 is looked up or gathered
+            x = straight_through(rows(w), jax.lax.stop_gradient(x).astype(w.dtype)).astype(dtype)
+        return x
 
     def hidden(
         self, tokens: Int[Array, "B T"], attend: Attend | None = None, positions: Int[Array, "B T"] | None = None

@@ -46,19 +46,33 @@ class Collective:
 def collectives(text: str) -> list[Collective]:
     """All of a program. A loop that says nothing of its turns counts once."""
     times, found = _times(text), {}
-    fused = set(re.findall(r" fusion\(.*calls=%?([\w.\-]+)", text))
-    for name, body in _computations(text).items():
+    inside = fused(text)
+    for name, body in computations(text).items():
         for line in body:
             if one := _collective(line, times.get(name, 0)):
                 channel = _CHANNEL.search(line)
                 # libtpu spreads one over several fusions, the beginning, the end and work in between, that share a
                 # channel. (So do the copies of a loop that it unrolls, as on several slices: they count as one here.)
-                key = (one.kind, channel[1]) if name in fused and channel else (name, line)
+                key = (one.kind, channel[1]) if name in inside and channel else (name, line)
                 found[key] = replace(one, started=True) if key in found else one
     return list(found.values())
 
 
-def _computations(text: str) -> dict[str, list[str]]:
+def fused(text: str) -> set[str]:
+    """Names of computations that are inside of fusions."""
+    return set(re.findall(r" fusion\(.*calls=%?([\w.\-]+)", text))
+
+
+def arrays(result: str) -> list[tuple[int, str]]:
+    """Bytes and shape, as XLA writes it, of every array in the type of a result."""
+    return [
+        (BYTES[dtype] * prod(int(size) for size in dims.split(",") if size), f"{dtype}[{dims}]")
+        for dtype, dims in _ARRAY.findall(result)
+    ]
+
+
+def computations(text: str) -> dict[str, list[str]]:
+    """The lines of each computation of a program."""
     found: dict[str, list[str]] = {}
     name = ""
     for line in text.splitlines():
@@ -74,12 +88,12 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 def _times(text: str) -> dict[str, int]:
     """How often each computation runs."""
-    computations = _computations(text)
+    bodies = computations(text)
     entry = next(head[2] for line in text.splitlines() if (head := _HEAD.match(line)) and head[1])
     calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
-    for name, body in computations.items():
+    for name, body in bodies.items():
         for line in body:
-            calls[name] += _calls(line, computations)
+            calls[name] += _calls(line, bodies)
     times: dict[str, int] = defaultdict(int)
 
     def visit(name: str, count: int) -> None:
@@ -91,10 +105,10 @@ def _times(text: str) -> dict[str, int]:
     return times
 
 
-def _calls(line: str, computations: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
+def _calls(line: str, bodies: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
     """The computations that an instruction runs, with how often."""
     loop = _LOOP.search(line)
-    turns = _turns(line, computations[loop[1]], computations[loop[2]]) if loop else 1
+    turns = _turns(line, bodies[loop[1]], bodies[loop[2]]) if loop else 1
     for name in _CALLED.findall(line):
         yield name, turns
     for names in _BRANCHES.findall(line):
@@ -126,13 +140,13 @@ def _collective(line: str, times: int) -> Collective | None:
     if not found or not times:
         return None
     result, kind, start = found.groups()
-    arrays = _ARRAY.findall(result)
+    made = arrays(result)
     if start and kind != "all-reduce":  # a tuple of what goes in, what comes out, and marks
-        arrays = [array for array in arrays if array[1]]
-        arrays = arrays[len(arrays) // 2 :]
-    size = sum(BYTES[dtype] * prod(int(d) for d in dims.split(",") if d) for dtype, dims in arrays)
+        made = [array for array in made if not array[1].endswith("[]")]
+        made = made[len(made) // 2 :]
+    dtype = made[0][1].partition("[")[0] if made else ""
     source = re.search(r'op_name="([^"]*)"', line)
-    return Collective(kind, arrays[0][0] if arrays else "", size, times, bool(start), source[1] if source else "")
+    return Collective(kind, dtype, sum(n for n, _ in made), times, bool(start), source[1] if source else "")
 
 
 def by_kind(found: list[Collective]) -> dict[tuple[str, str], tuple[int, int]]:

@@ -1,18 +1,19 @@
-"""`spectra plan`: a config on named TPU slices: memory, what crosses devices, the bound on its speed, the cost."""
+"""`spectra plan`: a config on named accelerators: memory, what crosses devices, the bound on its speed, the cost."""
 
 import time
 from collections.abc import Sequence
 
-from jax.sharding import Mesh
-
 from spectra_jax.errors import UserError
-from spectra_jax.model.parameters import count
-from spectra_jax.plan import hlo
+from spectra_jax.plan import buffers, estimate, hlo
 from spectra_jax.plan.program import compiled, in_gib, lowered, memory
-from spectra_jax.plan.roofline import EFFICIENCY, Bound, bound
+from spectra_jax.plan.roofline import Bound, bound
+from spectra_jax.plan.search import Candidate, search
 from spectra_jax.plan.topology import GIB, Topology, devices, parse
 from spectra_jax.schema import Config
-from spectra_jax.sharding import make_mesh
+from spectra_jax.sharding import abstract_mesh, make_mesh
+
+LARGEST = 6  # arrays that are listed
+BEST = 8  # candidates of a search that are listed
 
 
 def plan(config: Config, names: Sequence[str], *, compile: bool = False, price: float = 0.0) -> str:
@@ -23,14 +24,25 @@ def plan(config: Config, names: Sequence[str], *, compile: bool = False, price: 
       price: of a chip for an hour; 0: not said.
 
     Raises:
-      UserError: an unknown topology, a mesh or batch that does not divide, a step that does not fit, an attention or
-        kernel that the chip does not have.
+      UserError: an unknown topology, a mesh or batch that does not divide, a step that does not fit (the message has
+        the nearest that does), a GPU to compile for.
     """
     return "\n\n".join("\n".join(_one(config, parse(name), compile, price)) for name in names)
 
 
+def searched(config: Config, names: Sequence[str], *, compile: bool = False, price: float = 0.0) -> str:
+    """For each topology the best changes of the config by `search`, and the plan of the first; compiled, if asked,
+    where the first that fits is planned.
+
+    Raises:
+      UserError: an unknown topology; nothing fits.
+    """
+    return "\n\n".join("\n".join(_search(config, parse(name), compile, price)) for name in names)
+
+
 def _one(config: Config, topology: Topology, compile: bool, price: float) -> list[str]:
-    mesh, family = make_mesh(config, devices(topology)), topology.family
+    family = topology.family
+    mesh = make_mesh(config, devices(topology)) if compile else abstract_mesh(config, topology.devices)
     shape = " x ".join(f"{size} {axis}" for axis, size in mesh.shape.items())
     per_device = config.data.batch // config.train.accumulate / (mesh.shape["slice"] * mesh.shape["data"])
     lines = [
@@ -38,38 +50,72 @@ def _one(config: Config, topology: Topology, compile: bool, price: float) -> lis
         f"  batch      {config.data.batch} x {config.data.T} tokens, {per_device:g} sequences of a microbatch on a "
         f"device, remat {config.model.remat}, attention {config.model.attention}",
     ]
-    started = time.perf_counter()
-    step = lowered(config, mesh)
-    lines.append(f"  lowered    in {time.perf_counter() - started:.1f} s: shapes and shardings fit")
+    started, sizes = time.perf_counter(), tuple(mesh.shape.values())
+    step = lowered(config, mesh, "tpu" if family.libtpu else "cuda")
     if compile:
-        started = time.perf_counter()
-        program = compiled(step, family.hbm)
-        lines[-1] = f"  compiled   by libtpu in {time.perf_counter() - started:.0f} s"
-        found = memory(program)
+        try:
+            program = compiled(step, family.memory)
+        except UserError as error:
+            raise UserError(f"{error}. {_nearest(config, topology)}") from error
+        lines.append(f"  compiled   by libtpu in {time.perf_counter() - started:.0f} s")
+        text, found = program.as_text(), memory(program)
         lines.append(
-            f"  memory     {in_gib(found.arguments)} GiB of state and batch + "
-            f"{in_gib(found.results + found.temporary)} of temporaries = {in_gib(found.total)} a device of "
-            f"{family.hbm:g}"
+            f"  memory     {in_gib(found.arguments)} GiB of state and batch + {in_gib(found.temporary)} of temporaries "
+            f"= {in_gib(found.peak)} a device of {family.memory:g}"
         )
-        lines += _crossing(program.as_text())
+        lines += _arrays(text) + _crossing(text)
         if topology.slices > 1:
             lines.append("             (loops that libtpu unrolls, as it does on several slices, count one turn)")
     else:
-        least = _state_bytes(config, mesh)
-        lines.append(f"  memory     {in_gib(least)} GiB of state of {family.hbm:g} on a device, temporaries not known: "
-                     "--compile tells")
-        if least > family.hbm * GIB:
-            chips = -(-least * topology.chips // int(family.hbm * GIB))
+        least, peak = estimate.state(config, sizes), estimate.peak(config, sizes)
+        lines.append(f"  lowered    in {time.perf_counter() - started:.1f} s: shapes and shardings fit")
+        lines.append(f"  memory     {in_gib(least)} GiB of state, about {in_gib(peak)} in all by arithmetic, of "
+                     f"{family.memory:g} a device (--compile tells; --config.model.attention of kernels is assumed)")
+        if least > family.memory * GIB:
             raise UserError(
-                f"the state alone is {in_gib(least)} GiB a device and {topology.name} has {family.hbm:g}; use at least "
-                f"{chips} chips, or --config.mesh.data=-1, which spreads it over all devices"
+                f"the state alone is {in_gib(least)} GiB a device and {topology.name} has {family.memory:g}. "
+                f"{_nearest(config, topology)}"
             )
     return lines + _speed(config, bound(config, mesh, topology), price)
 
 
-def _state_bytes(config: Config, mesh: Mesh) -> int:
-    """Parameters and two moments in float32, divided over data and model axes."""
-    return 12 * count(config.model).total // (mesh.shape["data"] * mesh.shape["model"])
+def _nearest(config: Config, topology: Topology) -> str:
+    best = search(config, topology)[0]
+    return f"By arithmetic this would fit, at about {in_gib(best.memory)} GiB: {' '.join(best.changes)}"
+
+
+def _search(config: Config, topology: Topology, compile: bool, price: float) -> list[str]:
+    found = search(config, topology)
+    lines = [f"{config.family} {config.name} on {topology.name}: {len(found)} plans fit by arithmetic; the best:",
+             "  slice x data x model   batch  parts  remat   GiB  ms/step  MFU <=  tokens/s/chip  limit"]
+    for one in found[:BEST]:
+        c, b = one.config, one.bound
+        mesh = " x ".join(map(str, one.shape))
+        lines.append(
+            f"  {mesh:<20} {c.data.batch:>7} {c.train.accumulate:>6}  {c.model.remat:<5} {in_gib(one.memory):>6} "
+            f"{b.step * 1e3:>8,.0f}  {b.mfu:>6.0%} {b.tokens_per_second / b.chips:>14,.0f}  {b.limit}"
+        )
+    best, planned = _first_that_fits(found, topology, compile, price)
+    return [*lines, f"  changes    {' '.join(best.changes) or 'none'}", *planned]
+
+
+def _first_that_fits(
+    found: list[Candidate], topology: Topology, compile: bool, price: float
+) -> tuple[Candidate, list[str]]:
+    """The first is taken on trust where nothing is compiled."""
+    for one in found[:BEST]:
+        try:
+            return one, _one(one.config, topology, compile, price)
+        except UserError as error:
+            refused = error
+    raise refused
+
+
+def _arrays(text: str) -> list[str]:
+    lines = ["  largest    arrays made, MB on a device, and where (they need not live together)"]
+    for one in buffers.largest(text, LARGEST):
+        lines.append(f"             {one.bytes / 1e6:>9,.1f}  {one.shape:<26} {one.source}")
+    return lines
 
 
 def _crossing(text: str) -> list[str]:
@@ -88,8 +134,8 @@ def _speed(config: Config, b: Bound, price: float) -> list[str]:
     days = b.days(tokens)
     hours = days * 24 * b.chips
     lines = [
-        f"  bound      {b.step * 1e3:,.0f} ms a step by {b.limit} (compute {b.compute * 1e3:,.0f} at {EFFICIENCY:.0%} "
-        f"of the peak, links {b.links * 1e3:,.0f}, network {b.network * 1e3:,.0f}): MFU at most {b.mfu:.0%}, "
+        f"  bound      {b.step * 1e3:,.0f} ms a step by {b.limit} (compute {b.compute * 1e3:,.0f}, links "
+        f"{b.links * 1e3:,.0f}, network {b.network * 1e3:,.0f}): MFU at most {b.mfu:.0%}, "
         f"{b.tokens_per_second:,.0f} tokens/s, {b.tokens_per_second / b.chips:,.0f} a chip",
         f"  time       at least {days:,.1f} days and {hours:,.0f} chip-hours for {tokens / 1e9:,.0f}B tokens",
     ]

@@ -1,10 +1,12 @@
 """How fast a training step can be at best, by arithmetic: no cache misses, no stalls, communication behind compute.
 
-    compute   matrix products at EFFICIENCY of the peak, what remat repeats included; causal attention counted half
+    compute   matrix products at the share of the peak that large ones reach, what remat repeats included; causal
+              attention counted half
     weights   every matrix gathered for the forward and for the backward pass, and its gradient scattered once
     model     a sum of activations over the tensor-parallel devices, twice a block forward and twice backward
-    slices    the gradient of a device's own part, summed over slices, twice its size
-    step      the longest of compute, weights + model (links of the slice) and slices (the network between them)
+    replicas  the gradient of a device's own part, summed over the axis "slice", twice its size
+    step      the longest of compute, links and network: links carry weights + model, and replicas within a slice; the
+              network replicas between slices, and what of weights comes from other nodes of GPUs
 
 MFU is as in `hardware.py`, over the same peak, except that causal attention counts half here too. These are bounds:
 what a pod gives is less, and no pod was measured.
@@ -12,15 +14,13 @@ what a pod gives is less, and no pod was measured.
 
 from dataclasses import dataclass
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from spectra_jax.model.parameters import count
-from spectra_jax.plan.topology import DCN, Topology
+from spectra_jax.plan.topology import Topology
 from spectra_jax.schema import Config
 from spectra_jax.weights import get_rule
 
-EFFICIENCY = 0.85  # of the peak, that large products reach; assumed
-WIDTH = 128  # of the matrix unit: heads of 64 fill half of it
 BFLOAT16 = 2  # bytes
 CROSSING = {"codes": 0.25, "int8": 1.0, "matrix": BFLOAT16}  # bytes of a quantized weight on its way
 # Forward passes of the blocks' products that the backward pass repeats, and of attention's.
@@ -65,28 +65,35 @@ class Bound:
         return tokens / self.tokens_per_second / 86400
 
 
-def bound(config: Config, mesh: Mesh, topology: Topology) -> Bound:
+def bound(config: Config, mesh: Mesh | AbstractMesh, topology: Topology) -> Bound:
     """The bound of this config on this mesh of these slices."""
     m, family, shape = config.model, topology.family, mesh.shape
-    blocks, head, embedding = count(m).linear, m.V * m.D, m.V * m.D
+    blocks, tables = count(m).linear, 2 * m.V * m.D  # embedding and head
     tokens = config.tokens_per_step
     scores = 2 * m.L * m.N * m.H * config.data.T  # FLOP of a token forward: two products with half a row of T
     again, attention_again = REPEATED[m.remat]
-    useful = (6 * (blocks + head) + 3 * scores) * tokens
-    narrow = max(WIDTH / m.H, 1)
-    done = ((6 + 2 * again) * blocks + 6 * head + (3 + attention_again) * scores * narrow) * tokens
-    compute = done / mesh.size / (EFFICIENCY * family.flops)
+    useful = (6 * (blocks + m.V * m.D) + 3 * scores) * tokens
+    narrow = max(family.width / m.H, 1)
+    done = ((6 + 2 * again) * blocks + 6 * m.V * m.D + (3 + attention_again) * scores * narrow) * tokens
+    compute = done / mesh.size / (family.efficiency * family.flops)
 
-    share = 1 / shape["model"]  # of a matrix, that the devices of one data axis gather
-    travels = (shape["data"] - 1) / shape["data"]
     each = CROSSING[m.gather] if get_rule(m.weight).quantized else BFLOAT16
     gathers = 2 * config.train.accumulate
-    weights = (blocks * (gathers * each + BFLOAT16) + (head + embedding) * 2 * BFLOAT16) * share * travels
+    share, travels = 1 / shape["model"], _others(shape["data"])  # of a matrix, and of that from other devices
+    weights = (blocks * (gathers * each + BFLOAT16) + tables * 2 * BFLOAT16) * share
     rows = tokens / (shape["slice"] * shape["data"])
-    sums = 4 * m.L * 2 * rows * m.D * BFLOAT16 * (shape["model"] - 1) / shape["model"]
-    own = (blocks + head + embedding) * share / shape["data"] * BFLOAT16
-    replicas = 2 * own * (shape["slice"] - 1) / shape["slice"]
-    within = weights + sums + (replicas if topology.slices == 1 else 0)
-    links = within / (2 * family.link * family.axes)  # both ways along every side of the torus
-    network = replicas / (DCN / family.per_chip) if topology.slices > 1 else 0.0
+    sums = 4 * m.L * 2 * rows * m.D * BFLOAT16 * _others(shape["model"])
+    own = (blocks + tables) * share / shape["data"] * BFLOAT16
+    replicas = 2 * own * _others(shape["slice"])
+    near = topology.devices // topology.slices  # devices in a slice or node
+    nodes = max(1, shape["data"] * shape["model"] // near)  # that share one set of weights
+    apart = topology.slices > nodes  # replicas are in other slices
+    links = (weights * travels + sums + (0 if apart else replicas)) / family.inbound
+    # The devices of a node take in together what another node has, each a part, and pass it on by their links.
+    network = (weights * _others(nodes) / near + (replicas if apart else 0)) / family.network
     return Bound(compute, links, network, tokens, useful, mesh.size, topology.chips, family.flops)
+
+
+def _others(parts: int) -> float:
+    """The share of a whole in equal parts that is not one's own."""
+    return (parts - 1) / parts

@@ -1,5 +1,6 @@
 """`spectra train`: composition of data, step, checkpoints, evaluation and metrics."""
 
+import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,9 +18,9 @@ from spectra_jax.data.loader import Loader
 from spectra_jax.distributed import Vote
 from spectra_jax.errors import Stopped, UserError
 from spectra_jax.evaluate.perplexity import evaluate, make_sums, short_names
-from spectra_jax.metrics import MetricsWriter
+from spectra_jax.metrics import FILE, MetricsWriter
 from spectra_jax.metrics import read as read_metrics
-from spectra_jax.model.parameters import count, graphdef_of
+from spectra_jax.model.parameters import graphdef_of
 from spectra_jax.model.transformer import compute_dtype
 from spectra_jax.progress import ProgressLine
 from spectra_jax.record import make_record
@@ -27,7 +28,11 @@ from spectra_jax.schema import Config
 from spectra_jax.sharding import batch_sharding, make_mesh
 from spectra_jax.stored import abstract
 from spectra_jax.timer import Timer
+from spectra_jax.train import goodput
+from spectra_jax.train.compile_cache import use_compile_cache
+from spectra_jax.train.describe import describe, flops_per_token
 from spectra_jax.train.guard import StopRequest, Watchdog, only_run_in
+from spectra_jax.train.profile import Profile
 from spectra_jax.train.schedule import interventions
 from spectra_jax.train.step import State, init_state, make_step
 from spectra_jax.train.weight_stats import Codes, make_weight_stats
@@ -49,7 +54,8 @@ def train(config: Config, workdir: Path | str, *, accept_changes: bool = False) 
       UserError: the config, the data, the devices or the workdir do not fit, or too many steps were not finite.
       Stopped: SIGTERM or SIGINT came to one of the processes; the state after the last step is saved.
     """
-    workdir, mesh = Path(workdir), make_mesh(config)
+    began, workdir, mesh = time.time(), Path(workdir), make_mesh(config)
+    use_compile_cache(config.train.compile_cache)
     loader, first = make_loader(config, "train"), jax.process_index() == 0
     with jax.set_mesh(mesh), ExitStack() as stack:
         get_rule(config.model.weight), graphdef_of(config.model)  # a bad config fails before anything is written
@@ -60,17 +66,19 @@ def train(config: Config, workdir: Path | str, *, accept_changes: bool = False) 
         with Checkpoints(workdir, config) as checkpoints:  # a save under way is finished, come what may
             start, state = restore_or_init(config, mesh, checkpoints)
             watchdog.kick()
+            recorded = first and (workdir / FILE).is_file()  # read before what lies beyond `start` is dropped
+            past = goodput.past(read_metrics(workdir) if recorded else (), start, began)
             with (
                 MetricsWriter(
                     workdir, tensorboard=config.metrics.tensorboard, wandb=config.metrics.wandb,
-                    run_name=config.name, config=configs.to_dict(config),
-                    resume_step=start if start else -1, enabled=first,
+                    run_name=config.name, config=configs.to_dict(config), resume_step=start, enabled=first,
                 ) as writer,
                 ProgressLine(config.steps, enabled=first) as progress,
+                Profile(config.metrics, workdir, writer.event, enabled=first) as profile,
                 StopRequest() as stop,
             ):
-                run = Run(config, mesh, loader, checkpoints, writer, progress, watchdog, stop)
-                progress.message(run.describe(workdir, start))
+                run = Run(config, mesh, loader, checkpoints, writer, progress, profile, watchdog, stop, past)
+                progress.message(describe(config, mesh, run.peak, workdir, start, state["parameters"]))
                 run.steps(state, start)
     return last_records(workdir) if first else {}
 
@@ -119,14 +127,15 @@ class Run:
     checkpoints: Checkpoints
     writer: MetricsWriter
     progress: ProgressLine
+    profile: Profile
     watchdog: Watchdog
     stop: StopRequest
+    past: goodput.Past
 
     def __post_init__(self):
         config, paths = self.config, [path for path, _ in self.config.mixture]
-        self.timer = Timer()
         self.origin = make_record(configs.to_dict(config), 0, self.loader.fingerprint)  # once: it asks git
-        self.vote = Vote(self.mesh)
+        self.vote, self.stalls = Vote(self.mesh), Vote(self.mesh)
         self.sharding = batch_sharding(self.mesh)
         self.interventions = interventions(config)
         self.sums = jax.jit(make_sums(graphdef_of(config.model), config.train.loss_chunks))
@@ -137,24 +146,26 @@ class Run:
         self.codes: Codes | None = None
         self.quantized = get_rule(config.model.weight).quantized and config.metrics.weights_every_steps > 0
         self.weights: dict | None = None
-        parameters, m = count(config.model), config.model
-        self.flops = hardware.flops_per_token(
-            matmul_params=parameters.linear + m.V * m.D, L=m.L, N=m.N, H=m.H, T=config.data.T
-        )
-        self.peak = hardware.total_peak(list(self.mesh.devices.flat), compute_dtype(m))
+        self.flops = flops_per_token(config)
+        self.peak = hardware.total_peak(list(self.mesh.devices.flat), compute_dtype(config.model))
+        self.timer = Timer(self.past.at(time.time()))  # the last thing: whatever was before is the start
 
     def steps(self, state: State, start: int) -> State:
         """Every step from `start` on. Metrics are read one step late, while the next step runs."""
         config, timer = self.config, self.timer
         if start == config.steps:
             return state
+        self.write_time(start)
         step_fn, pending = self.compile(state), None
         with self.loader.batches(start, config.steps, self.sharding, threads=config.data.read_threads) as batches:
             for done in range(start + 1, config.steps + 1):
                 self.watchdog.kick()
+                with timer.phase("eval"):
+                    self.profile.before(done)
                 with timer.phase("stall"):
                     batch = next(batches)
-                state, metrics = step_fn(state, batch)
+                with jax.profiler.StepTraceAnnotation("train", step_num=done):
+                    state, metrics = step_fn(state, batch)
                 if pending:
                     self.report(*pending)
                 pending = (done, metrics)
@@ -169,6 +180,7 @@ class Run:
                     self.pause(done, state, stopping)
                 if stopping:
                     self.leave(done)
+        self.finish(config.steps)
         return state
 
     def compile(self, state: State):
@@ -180,7 +192,8 @@ class Run:
 
     def due(self, done: int) -> bool:
         """Whether something other than the next step follows step number `done`."""
-        return self.weights_due(done) or self.evaluation_due(done) or self.checkpoints.plan.saves(done)
+        looks = self.weights_due(done) or self.evaluation_due(done) or self.profile.due(done)
+        return looks or self.checkpoints.plan.saves(done)
 
     def weights_due(self, done: int) -> bool:
         """Whether the weights are looked at after this step."""
@@ -205,17 +218,15 @@ class Run:
         """Writes and shows the metrics of a step, and gives up after too many that were not finite."""
         config = self.config
         self.timer.advance(steps=1, tokens=config.tokens_per_step)
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        for name in ("skipped", "skipped_in_a_row"):
-            values[name] = int(values[name])
-        if values["skipped_in_a_row"]:
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        if in_a_row := values["skipped_in_a_row"]:
             why = "spike" if isfinite(values["loss"] + values["grad_norm"]) else "not finite"
             self.writer.event(step, f"step skipped: {why}", loss=values["loss"], grad_norm=values["grad_norm"])
-        if values["skipped_in_a_row"] >= config.train.max_skipped:
+        if in_a_row >= config.train.max_skipped:
             raise UserError(
-                f"{values['skipped_in_a_row']} steps in a row up to step {step} had a loss or gradient that is not "
-                f"finite{' or a spike' if config.train.skip_sigma else ''} "
-                f"(config.train.max_skipped={config.train.max_skipped}); the last checkpoint is of step "
+                f"{in_a_row} steps in a row up to step {step} had a loss or gradient that is not finite"
+                f"{' or a spike' if config.train.skip_sigma else ''} (config.train.max_skipped="
+                f"{config.train.max_skipped}); the last checkpoint is of step "
                 f"{max(self.checkpoints.steps(), default=0)}. Lower config.schedule.peak or lengthen the warm-up"
             )
         if step - 1 in self.interventions:
@@ -229,6 +240,7 @@ class Run:
             "tokens_per_second": interval.tokens_per_second,
             "mfu": hardware.mfu(interval.tokens_per_second, self.flops, self.peak.value),
             "stall": interval.stall_share,
+            **goodput.worst_stall(interval.stall_share, self.stalls.cast),
         }
         self.writer.write(step, "train", record)
         self.progress.update(step, weights=self.weights, eta=self.timer.eta(config.steps - step), **record)
@@ -252,36 +264,36 @@ class Run:
         losses = [quality.loss for quality in found.values()]
         mean = sum(w * loss for w, loss in zip(weights, losses)) / sum(weights)
         record = {"loss": mean, "tokens": done * config.tokens_per_step}
-        record |= {name: asdict(quality) for name, quality in found.items()}
-        self.writer.write(done, "eval", record)
+        self.writer.write(done, "eval", record | {name: asdict(quality) for name, quality in found.items()})
         for name, q in found.items():
             self.progress.message(
                 f"step {done}: validation loss on {name} {q.loss:.4f} +- {q.loss_error:.4f} "
                 f"({q.bits_per_byte:.4f} bits/byte)"
             )
 
+    def write_time(self, done: int) -> dict[str, Any]:
+        """Writes down, and gives, where the wall time went up to now."""
+        record = goodput.time_record(self.past, self.timer.seconds, time.time(), self.config.steps)
+        self.writer.write(done, "time", record)
+        return record
+
+    def finish(self, done: int) -> None:
+        """Waits until the state after step `done` is on the disk, and says where the time went."""
+        with self.timer.phase("checkpoint"):
+            self.checkpoints.wait()
+        self.progress.message(goodput.line(self.write_time(done)))
+
     def leave(self, done: int) -> None:
         """Ends the run once the state after step `done` is on the disk."""
         name = self.stop.signal.name if self.stop.signal else "a signal to another process"
-        self.checkpoints.wait()
+        self.finish(done)
         self.writer.event(done, f"stopped by {name}")
         raise Stopped(f"{name}: saved after step {done}; the same command continues from there")
 
     def save(self, done: int, state: State, *, full: bool) -> None:
         """Starts to save the state after step `done`."""
         with self.timer.phase("checkpoint"):
+            self.write_time(done)
             self.writer.flush()
             record = {**self.origin, "tokens": done * self.config.tokens_per_step}
             self.checkpoints.save(done, state, record, full=full)
-
-    def describe(self, workdir: Path, start: int) -> str:
-        """What is about to happen, in a few lines."""
-        c, parameters = self.config, count(self.config.model)
-        shape = " x ".join(f"{n} {axis}" for axis, n in self.mesh.shape.items())
-        where = f"resuming after step {start}" if start else "from scratch"
-        return (
-            f"{c.family} {c.name}: {parameters.total:,} parameters ({parameters.linear:,} in {c.model.weight} "
-            f"matrices), {c.steps:,} steps of {c.data.batch} x {c.data.T} tokens, {where}, into {workdir}\n"
-            f"{self.mesh.size} device(s) ({shape}), compute {compute_dtype(c.model)}, "
-            f"{self.flops / 1e6:,.1f} MFLOP per token, peak: {self.peak.source}"
-        )

@@ -65,14 +65,19 @@ def token_losses(
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def mean_loss(
     hidden: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"],
-    chunks: int, rules: Rules = Rules(),
+    chunks: int, rules: Rules = Rules(), scale: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
-    """Mean negative log-likelihood in nats over all B*T targets."""
+    """Mean negative log-likelihood in nats over all B*T targets.
+
+    Its gradients are multiplied by `scale`, the loss is not: they are rounded to the dtype of `hidden` in here, and
+    in float16 a small probability over B*T would be 0 before any multiplication outside.
+    """
     return jnp.mean(token_losses(hidden, head, targets, chunks, rules))
 
 
-def _forward(hidden, head, targets, chunks, rules):
+def _forward(hidden, head, targets, chunks, rules, scale):
     low, share = gathered(head.astype(hidden.dtype), rules(None, "vocab")), 1.0 / targets.size
+    weight = share if scale is None else share * scale  # of a target in the gradients
     # Every device sums its own rows, over all chunks; the devices' sums are added once, at the end.
     own = _unreduced(rules)
 
@@ -85,7 +90,7 @@ def _forward(hidden, head, targets, chunks, rules):
         powers = jnp.exp(logits - top)  # taken once, for the loss and for its gradient
         norm = jnp.sum(powers, axis=-1, keepdims=True)
         total = total + jnp.sum(jnp.log(norm) + top) - jnp.sum(picked)
-        error = ((powers / norm - hit) * share).astype(x.dtype)
+        error = ((powers / norm - hit) * weight).astype(x.dtype)
         d_x = jnp.einsum("rv,dv->rd", error, low, out_sharding=rules("batch", "act"))
         part = jnp.einsum(
             "rd,rv->dv", x, error, preferred_element_type=jnp.float32, out_sharding=own
@@ -96,7 +101,9 @@ def _forward(hidden, head, targets, chunks, rules):
     start = (jnp.zeros((), jnp.float32), zero if own is None else gathered(zero, own))
     pieces = _cut(hidden, chunks, rules), _cut(targets, chunks, rules)
     (total, d_head), d_hidden = jax.lax.scan(one, start, pieces)
-    return total * share, (_joined(d_hidden, hidden.shape, rules), gathered(d_head, rules("embed", "vocab")))
+    # Added up before the backward pass of the blocks, beside which every device would keep the whole of its sum.
+    d_hidden, d_head = jax.lax.optimization_barrier((d_hidden, gathered(d_head, rules("embed", "vocab"))))
+    return total * share, (_joined(d_hidden, hidden.shape, rules), d_head)
 
 
 def _unreduced(rules: Rules) -> PartitionSpec | None:
@@ -109,7 +116,7 @@ def _unreduced(rules: Rules) -> PartitionSpec | None:
 
 def _backward(chunks, rules, gradients, g):
     d_hidden, d_head = gradients
-    return d_hidden * g.astype(d_hidden.dtype), d_head * g, None
+    return d_hidden * g.astype(d_hidden.dtype), d_head * g, None, None
 
 
 mean_loss.defvjp(_forward, _backward)

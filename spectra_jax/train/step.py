@@ -10,9 +10,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from spectra_jax.model.parameters import apply, graphdef_of, init_parameters
+from spectra_jax.model.transformer import compute_dtype
 from spectra_jax.schema import Config
 from spectra_jax.sharding import Rules
 from spectra_jax.train.loss import mean_loss
+from spectra_jax.train.loss_scale import adapt, init_scaling, unscaled
 from spectra_jax.train.optimizer import apply_updates, decay_mask, make_optimizer
 from spectra_jax.train.schedule import learning_rate, weight_decay
 from spectra_jax.train.spikes import init_window, judge
@@ -21,9 +23,12 @@ State = dict[str, PyTree]
 
 
 def init_state(config: Config, key: Array, rules: Rules = Rules()) -> State:
-    """Parameters, optimizer state, the number of steps done, recent losses, counts of skipped steps. To be jitted."""
+    """Parameters, optimizer state, the number of steps done, recent losses, counts of skipped steps. To be jitted.
+
+    With float16 also "scaling", the loss scale.
+    """
     parameters = init_parameters(config.model, key, rules)
-    return {
+    state = {
         "step": jnp.zeros((), jnp.int32),
         "parameters": parameters,
         "optimizer": make_optimizer(config.optimizer).init(parameters),
@@ -31,27 +36,34 @@ def init_state(config: Config, key: Array, rules: Rules = Rules()) -> State:
         "skipped": jnp.zeros((), jnp.int32),
         "skipped_in_a_row": jnp.zeros((), jnp.int32),
     }
+    return state | ({"scaling": init_scaling(config.train)} if compute_dtype(config.model) == jnp.float16 else {})
 
 
 def batch_loss(
-    graphdef: nnx.GraphDef, parameters: PyTree, tokens: Int[Array, "B T1"], chunks: int
+    graphdef: nnx.GraphDef, parameters: PyTree, tokens: Int[Array, "B T1"], chunks: int,
+    scale: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
-    """Mean loss in nats over a batch of records of T + 1 tokens."""
+    """Mean loss in nats over a batch of records of T + 1 tokens; with a `scale` its gradient is that times as large."""
     model = apply(graphdef, parameters)
-    return mean_loss(model.hidden(tokens[:, :-1]), model.head_matrix(), tokens[:, 1:], chunks, model.rules)
+    return mean_loss(model.hidden(tokens[:, :-1]), model.head_matrix(), tokens[:, 1:], chunks, model.rules, scale)
 
 
 def make_step(config: Config, rules: Rules = Rules()) -> Callable[[State, Array], tuple[State, dict[str, Array]]]:
     """The training step: gradients over microbatches, a schedule, AdamW; a step that is skipped changes no weight.
 
     The returned function takes the state (donate it) and records (batch, T + 1); its metrics are scalars on device.
+    "skipped" counts every step that was skipped, "skipped_in_a_row" those by no fault of float16's loss scale, which
+    mends itself.
     """
     graphdef, optimizer = graphdef_of(config.model, rules), make_optimizer(config.optimizer)
     loss_and_gradient = jax.value_and_grad(partial(batch_loss, graphdef, chunks=config.train.loss_chunks))
 
     def step(state: State, tokens: Int[Array, "B T1"]) -> tuple[State, dict[str, Array]]:
-        parameters = state["parameters"]
-        loss, gradient = accumulate(loss_and_gradient, parameters, tokens, config.train.accumulate)
+        parameters, scaling = state["parameters"], state.get("scaling")
+        scaled = partial(loss_and_gradient, scale=scaling and scaling["scale"])
+        loss, gradient = accumulate(scaled, parameters, tokens, config.train.accumulate)
+        if scaling:
+            gradient = unscaled(gradient, scaling["scale"])
         norm = optax.tree.norm(gradient)
         rate = learning_rate(config.schedule, config.steps, state["step"])
         decay = weight_decay(config.schedule, config.optimizer.weight_decay, config.steps, state["step"])
@@ -70,9 +82,13 @@ def make_step(config: Config, rules: Rules = Rules()) -> Callable[[State, Array]
             "skipped": state["skipped"] + ~taken,
             "skipped_in_a_row": jnp.where(taken, 0, state["skipped_in_a_row"] + 1),
         }
+        if scaling:
+            new["scaling"], excused = adapt(config.train, scaling, loss, norm)
+            new["skipped_in_a_row"] = jnp.where(excused, state["skipped_in_a_row"], new["skipped_in_a_row"])
         metrics = {
             "loss": loss, "grad_norm": norm, "lr": rate, "weight_decay": decay,
             "skipped": new["skipped"], "skipped_in_a_row": new["skipped_in_a_row"],
+            **({"loss_scale": scaling["scale"]} if scaling else {}),
         }
         return new, metrics
 

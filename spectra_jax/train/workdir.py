@@ -19,7 +19,7 @@ from spectra_jax.schema import Config
 # learnt. (Another mesh changes the last bits of the loss: sums are taken in another order.)
 FREE = (
     "mesh.", "checkpoint.", "evaluate.", "metrics.", "data.sets", "data.read_threads", "train.stuck_seconds",
-    "train.heartbeat_seconds", "name",
+    "train.heartbeat_seconds", "train.compile_cache", "name",
 )
 
 

@@ -39,10 +39,15 @@ def executable(path: Path, text: str) -> None:
 
 @contextmanager
 def group(machine: Machine, *command: str | Path) -> Iterator[subprocess.Popen]:
-    """A process in a group of its own, as a terminal starts it; nothing of the group is left behind."""
+    """A process in a group of its own, as a terminal starts it; nothing of the group is left behind.
+
+    SIGINT is heard again, which a shell ignores for what it runs in the background, these tests perhaps among it.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(
         command, env=machine.env, cwd=machine.home, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as run:
+        signal.signal(signal.SIGINT, before)
         try:
             yield run
         finally:

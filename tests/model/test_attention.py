@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from spectra_jax.errors import UserError
-from spectra_jax.model.attention import ATTENTION, causal_blocks, get_attention, reference, splash, splash_kernel
+from spectra_jax.model.attention import ATTENTION, causal_blocks, get_attention, reference, splash
+from spectra_jax.model.attention_kernels import splash_kernel
 
 B, N, H = 2, 4, 6
 
@@ -78,7 +79,7 @@ def test_low_precision_keeps_its_dtype_and_softmax_in_float32():
 
 
 def test_unknown_attention():
-    assert set(ATTENTION) == {"reference", "causal_blocks", "splash"}
+    assert set(ATTENTION) == {"reference", "causal_blocks", "splash", "cudnn", "flash"}
     with pytest.raises(
         UserError, match="attention='causal_block' is not one of .*; did you mean causal_blocks?"
     ):

@@ -155,8 +155,8 @@ def test_low_precision_compute_keeps_logits_in_float32(build):
     [
         ({"remat": "ful"}, "config.model.remat='ful' is not one of none, dots, full"),
         (
-            {"attention": "flash"},
-            "config.model.attention='flash' is not one of reference, causal_blocks",
+            {"attention": "flesh"},
+            "config.model.attention='flesh' is not one of reference, causal_blocks",
         ),
         (
             {"weight": "terary"},

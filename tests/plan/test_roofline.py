@@ -5,12 +5,12 @@ import pytest
 from spectra_jax import config as configs
 from spectra_jax.plan import topology
 from spectra_jax.plan.roofline import bound
-from spectra_jax.sharding import make_mesh
+from spectra_jax.sharding import abstract_mesh
 
 
 def of(spec, name, *overrides):
     config, there = configs.load(spec, overrides), topology.parse(name)
-    return bound(config, make_mesh(config, topology.devices(there)), there)
+    return bound(config, abstract_mesh(config, there.devices), there)
 
 
 def test_a_paper_scale_step():
@@ -37,7 +37,7 @@ def test_what_crosses_links_and_slices():
     assert matrix.links - one.links == pytest.approx(blocks * 2 * 1.75 * 15 / 16 / (2 * 4.5e10 * 2), rel=1e-9)
     two = of("configs/trilm.py:99m", "v5e:4x4*2", "data.batch=32", "mesh.slice=2")
     assert two.links == pytest.approx(one.links, rel=1e-9)
-    assert two.network == pytest.approx((blocks + 2 * table) / 16 * 2 / topology.DCN, rel=1e-9)
+    assert two.network == pytest.approx((blocks + 2 * table) / 16 * 2 / 3.1e9, rel=1e-9)
 
 
 def test_narrow_heads_cost_more_of_attention_only():
@@ -46,3 +46,15 @@ def test_narrow_heads_cost_more_of_attention_only():
     blocks, head = 16 * (4 * 512 * 512 + 3 * 512 * 1280), 50304 * 512
     done = (6 * (blocks + head) + 3 * 2 * (2 * 16 * 512 * 2048)) * 16 * 2048
     assert found.compute == pytest.approx(done / 16 / (0.85 * 197e12), rel=1e-9)
+
+
+def test_nodes_of_gpus():
+    """Weights that 16 GPUs share come to a node of 8 once, by all of its adapters; replicas are another's business."""
+    shared = of("configs/trilm.py:99m", "h100:8*2", "data.batch=16")
+    blocks, table = 16 * (4 * 512 * 512 + 3 * 512 * 1280), 50304 * 512
+    crossing = blocks * (2 * 0.25 + 2) + 2 * table * 4
+    assert shared.links == pytest.approx(crossing * 15 / 16 / 450e9, rel=1e-9)
+    assert shared.network == pytest.approx(crossing / 2 / 8 / 50e9, rel=1e-9)
+    apart = of("configs/trilm.py:99m", "h100:8*2", "data.batch=16", "mesh.slice=2")
+    assert apart.links == pytest.approx(crossing * 7 / 8 / 450e9, rel=1e-9)
+    assert apart.network == pytest.approx((blocks + 2 * table) / 8 * 2 / 50e9, rel=1e-9)

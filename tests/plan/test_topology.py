@@ -18,20 +18,22 @@ def test_devices(name, kind, devices):
     """As many as the topology says, of the kind and the cores that the table has."""
     there = topology.parse(name)
     found = topology.devices(there)
-    assert len(found) == devices == there.chips * there.family.per_chip
+    assert len(found) == devices == there.devices
     assert {device.device_kind for device in found} == {kind} == {there.family.kind}
     assert found[0].num_cores == there.family.cores
 
 
-@pytest.mark.parametrize("name", ["v5litepod:4x4", "v5p", "v5e:4y4", "v5e:4x4*0", "v5e:4x4*", "h100:8x8"])
+@pytest.mark.parametrize("name", ["v5litepod:4x4", "v5p", "v5e:4y4", "v5e:4x4*0", "v5e:4x4*", "h1000:8"])
 def test_unknown_names(name):
-    with pytest.raises(UserError, match="is no TPU topology: give FAMILY:AxB.xC. with a family of v4, v5e, v5p, v6e"):
+    with pytest.raises(UserError, match="is not known: give FAMILY:AxB.xC. with a TPU of v4, v5e, v5p, v6e"):
         topology.parse(name)
 
 
 def test_sides_and_slices_that_are_not():
     with pytest.raises(UserError, match="a slice of v5p has 3 sides"):
         topology.parse("v5p:4x4")
+    with pytest.raises(UserError, match="a node has a number of GPUs"):
+        topology.parse("h100:8x8")
     with pytest.raises(UserError, match="libtpu has no such slice"):
         topology.devices(topology.parse("v5e:3x5"))
 

@@ -39,6 +39,18 @@ def final_state(workdir) -> dict:
 # Resuming
 
 
+def the_sums_are_the_wall_time(workdir, restarts: int, redone: int) -> None:
+    """Of every time record: what is missing from its clock is when the first process began."""
+    records = [r for r in metrics.read(workdir) if r["kind"] == "time"]
+    sums = [sum(value for name, value in r.items() if name.startswith("seconds/")) for r in records]
+    began = [r["clock"] - total for r, total in zip(records, sums)]
+    assert sums == sorted(sums) and max(began) - min(began) < 0.5
+    first, last = records[0], records[-1]
+    assert first["step"] == first["seconds/lost"] == 0 < last["seconds/lost"] and last["step"] == STEPS
+    assert (last["restarts"], last["redone"]) == (restarts, redone)
+    assert last["goodput"] == pytest.approx(last["seconds/train"] / sums[-1], abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("overrides", "after"),
     [
@@ -65,6 +77,7 @@ def test_resuming_is_bit_equal(tmp_path, overrides, after):
     weights = [{k: v for k, v in r.items() if not k.endswith("flips")} for r in of_kind(straight, "weights")]
     again = [{k: v for k, v in r.items() if not k.endswith("flips")} for r in of_kind(resumed, "weights")]
     assert again == weights  # flips are since the last look of the same process
+    the_sums_are_the_wall_time(resumed, restarts=1, redone=STEPS - after)
 
 
 def test_permanent_checkpoints_of_weights_alone(tmp_path):
@@ -191,14 +204,22 @@ def test_config_commit_and_data_are_on_record():
 
 def test_the_progress_line(tmp_path, capsys):
     """One line per interval where nobody watches, with what the issue of a run is told by."""
-    train(tiny(*TERNARY, "train.steps=3", "metrics.every_steps=2", "evaluate.every_steps=0"), tmp_path / "run")
+    config = tiny(
+        *TERNARY, "train.steps=3", "metrics.every_steps=2", "evaluate.every_steps=0", "metrics.profile_at=2"
+    )
+    train(config, tmp_path / "run")
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("FloatLM run: ") and "ternary matrices" in lines[0] and "from scratch" in lines[0]
+    assert lines[2].startswith("MFU = tokens/s x (6 P + 12 L N H T) / peak = ") and lines[3].startswith("parameters ")
+    assert lines[-1].startswith("goodput ") and "checkpoint" in lines[-1] and "restart" not in lines[-1]
     shown = [line for line in lines if line.startswith("step ")]
     assert [line.split("/")[0] for line in shown] == ["step 1", "step 2", "step 3"]
     for part in (" tok ", "loss ", "lr ", "wd 0.1", " tok/s", "mfu ", "stall ", "eta ", "zeros ", "scale "):
         assert part in shown[1] + " "
-    assert metrics.read(tmp_path / "run")[-1]["kind"] == "train"  # no evaluation
+    records = metrics.read(tmp_path / "run")
+    assert {r["kind"] for r in records} == {"train", "weights", "event", "time"}  # no evaluation
+    assert [(r["step"], r["name"]) for r in records if r["kind"] == "event"][0] == (2, "profile")
+    assert len(list((tmp_path / "run").glob("profile/plugins/profile/*/*.xplane.pb"))) == 1  # closed at the end
 
 
 # Steps that are not finite
