@@ -156,6 +156,21 @@ def test_one_sequence_on_a_mesh(K):
     assert float(metrics["loss"]) == pytest.approx(expected["loss"], rel=1e-6)
 
 
+def test_a_step_takes_its_own_result_in_place():
+    """So it is compiled once for a whole run, and no device holds the state twice."""
+    config, mesh = on_mesh(tiny("data.batch=16"), 2, 2, 2)
+    with jax.set_mesh(mesh):
+        like = abstract(jax.eval_shape(lambda: init_state(config, jax.random.key(0))), mesh)
+        batch = jax.ShapeDtypeStruct((16, T + 1), jnp.int32, sharding=batch_sharding(mesh))
+        step = jax.jit(make_step(config), donate_argnums=0).lower(like, batch).compile()
+        given, given_back = jax.tree.leaves_with_path(like), jax.tree.leaves_with_path(step.out_info[0])
+        assert [(path, x.shape, x.dtype) for path, x in given] == [(path, x.shape, x.dtype) for path, x in given_back]
+        where = jax.tree.leaves(step.output_shardings[0])
+        assert all(x.sharding.is_equivalent_to(s, x.ndim) for (_, x), s in zip(given, where, strict=True))
+        held = sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for _, x in given)
+        assert step.memory_analysis().alias_size_in_bytes >= held, "donated, every byte of it"
+
+
 def test_a_step_that_is_not_finite_changes_nothing():
     """An infinite row of the embedding that only one batch reads."""
     config = tiny("optimizer.no_decay=norm,embedding", "schedule.shape=linear")
