@@ -31,8 +31,8 @@ class Model:
     init_residual_scaling: bool = True
     # "auto" is bfloat16 on accelerators and float32 on CPU, where bfloat16 is slower; float16 comes with a loss scale
     compute_dtype: str = "auto"
-    # Of the blocks' and the embedding's gradients, as a device forms them and as they are added up over devices:
-    # "compute", that of activations, or "float32", at twice the bytes. The head's and the norms' always are float32.
+    # Of the gradients of the blocks' matrices, as a device forms them and as they are added up over devices:
+    # "compute", that of activations, or "float32", at twice the bytes. All others always are float32.
     gradient_dtype: str = "compute"
     # What of a quantized matrix goes to the devices that share it: codes at 2 bits, int8, or the matrix, as of floats
     gather: str = "codes"

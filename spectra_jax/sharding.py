@@ -3,7 +3,7 @@
 Mesh axes: "slice" (replicas across slices), "data" (batch and fully sharded parameters), "model" (tensor parallel).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import jax
@@ -40,10 +40,19 @@ class Rules:
           ValueError: two dims of one array fall on the same mesh axis.
         """
         axes = [getattr(self, dim) if dim else None for dim in dims]
-        used = [a for axis in axes if axis for a in ((axis,) if isinstance(axis, str) else axis)]
+        used = [a for axis in axes for a in _axes(axis)]
         if len(used) != len(set(used)):
             raise ValueError(f"dims {dims} map to mesh axes {axes}: an axis can shard one dim of an array only")
         return P(*axes) if in_mesh() else None
+
+    def without(self, dim: str, other: str) -> "Rules":
+        """Rules that keep `dim` off the mesh axes of `other`."""
+        own, taken = _axes(getattr(self, dim)), _axes(getattr(self, other))
+        return replace(self, **{dim: tuple(axis for axis in own if axis not in taken)})
+
+
+def _axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def in_mesh() -> bool:
@@ -58,8 +67,7 @@ def gathered(x: jax.Array, spec: P | None = None) -> jax.Array:
 
 def parts(axes: str | tuple[str, ...] | None) -> int:
     """Into how many parts a dim with these axes of the mesh is divided."""
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    return prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
+    return prod(jax.sharding.get_abstract_mesh().shape[name] for name in _axes(axes))
 
 
 def mesh_shape(wanted: Mesh, devices: int) -> tuple[int, int, int]:

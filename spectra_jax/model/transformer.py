@@ -22,7 +22,7 @@ from spectra_jax.weights import get_rule
 from spectra_jax.weights.form import Form
 from spectra_jax.weights.frozen import matmul
 from spectra_jax.weights.gather import Gathering
-from spectra_jax.weights.rule import Statistics, straight_through
+from spectra_jax.weights.rule import Statistics
 
 Scales = dict[Key, Statistics | None]
 # What may take the place of attention, as a key-value cache does: (q, k, v), rotated, to what the values mix to. It is
@@ -141,16 +141,12 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What the first block reads, in the compute dtype."""
-        # Rows are looked up in the table gathered over D: a lookup in a table sharded by D would move activations.
-        def rows(table: Array) -> Array:
-            table = gathered(table, self.rules("vocab", None))
-            return table.at[tokens].get(out_sharding=self.rules("batch", "time", "act"))
-
-        w, dtype = self.embedding[...], compute_dtype(self.m)
-        x = rows(w.astype(dtype))
-        if self.m.gradient_dtype == "float32":  # forward nothing changes, and no float32 is looked up or gathered
-            x = straight_through(rows(w), jax.lax.stop_gradient(x).astype(w.dtype)).astype(dtype)
-        return x
+        # Every device looks up its own columns of all rows of its slice, and rows are exchanged: less to move than the
+        # table and its gradient, which is then added up where it stays, in float32.
+        split = self.rules.without("batch", "embed")
+        tokens = gathered(tokens, split("batch", "time"))
+        x = self.embedding[...].at[tokens].get(out_sharding=split("batch", "time", "embed"))
+        return gathered(x.astype(compute_dtype(self.m)), self.rules("batch", "time", "act"))
 
     def hidden(
         self, tokens: Int[Array, "B T"], attend: Attend | None = None, positions: Int[Array, "B T"] | None = None

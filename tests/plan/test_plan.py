@@ -28,17 +28,19 @@ def total(found, *kinds, dtypes=None, above=0):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "overrides"), [("v5e:4x4", ()), ("v5p:4x4x4", ()), ("v5e:4x4*2", ("mesh.slice=2",))])
 def test_what_a_step_says(name, overrides):
-    """Codes of the blocks' weights at 2 bits, twice; embedding and head in bfloat16, once; no float of a block."""
+    """Codes of the blocks' weights at 2 bits, twice; the head in bfloat16, once; no other float."""
     found = crossing(name, *overrides)
     matrices = 2 * 2 * WEIGHTS  # bfloat16, forward and backward: what the plain path would gather
     codes = total(found, "all-gather", dtypes=("u8",))
     least = 0.9 if "*" not in name else 0.5  # the unrolled loop of two slices counts once: see hlo.py
     assert least * matrices / 8 <= codes <= matrices / 7
-    assert total(found, "all-gather", dtypes=("bf16",)) == 2 * 2048 * 512 * 2
+    assert total(found, "all-gather", dtypes=("bf16",)) == 2048 * 512 * 2
     assert total(found, "all-gather", dtypes=("f32", "s8"), above=65536) == 0
-    # Gradients: libtpu makes rings of some, of others an all-reduce (no reduce-scatter); head and embedding once.
+    # Gradients: libtpu makes rings of some, of others an all-reduce (no reduce-scatter); the head's once, in float32.
+    # Of the embedding only rows are exchanged, forward and back.
+    rows = 2 * 2 * 64 * 512 * 512 // {"v5e:4x4": 16, "v5p:4x4x4": 64, "v5e:4x4*2": 32}[name]
     sums = total(found, "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", above=4096)
-    assert sums <= 1.1 * (2 * WEIGHTS + 2048 * 512 * (4 + 2)) * (1 if name == "v5e:4x4" else 1.5)
+    assert sums <= 1.1 * (2 * WEIGHTS + 2048 * 512 * 4 + rows) * (1 if name == "v5e:4x4" else 1.5)
 
 
 @pytest.mark.slow
