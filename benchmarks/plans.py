@@ -27,7 +27,7 @@ TRIED = 4  # plans of a pair that are compiled at most
 COLUMNS = {
     "size": "size", "topology": "topology", "mesh": "slice x data x model", "batch": "batch",
     "accumulate": "microbatches", "remat": "remat", "gib": "GiB a device", "of": "of", "mfu": "MFU at most",
-    "tokens": "tokens/s a chip at most", "days": "days for 300B at least", "refused": "faster by arithmetic, too large",
+    "tokens": "tokens/s a chip at most", "days": "days for 300B at least",
 }
 
 
