@@ -46,7 +46,7 @@ def row(size: str, topology: Topology) -> dict:
             continue
         finally:
             jax.clear_caches()
-        return {"size": size, "topology": topology.name, "refused": refused, **_numbers(one, topology),
+        return {"size": size, "topology": topology.name, **_numbers(one, topology),
                 "gib": round(memory(program).peak / GIB, 2)}
     raise UserError(f"{size} on {topology.name}: none of the {refused} plans that fit by arithmetic compiles")
 

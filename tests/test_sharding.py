@@ -108,6 +108,14 @@ def test_rules():
         assert Rules(embed=None)("embed", "ffn") == P(None, "model")
 
 
+def test_without():
+    """A batch off the axes of D keeps the others, in their order; what shares none stays as it is."""
+    assert Rules().without("batch", "embed").batch == ("slice",)
+    assert Rules(embed=None).without("batch", "embed").batch == ("slice", "data")
+    assert Rules(batch="data").without("batch", "embed").batch == ()
+    assert Rules().without("batch", "embed").embed == "data"
+
+
 @pytest.mark.parametrize(
     ("rules", "dims"),
     [

@@ -2,11 +2,13 @@
 
     compute   matrix products at the share of the peak that large ones reach, what remat repeats included; causal
               attention counted half
-    weights   every matrix gathered for the forward and for the backward pass, and its gradient scattered once
+    weights   the blocks' matrices gathered for the forward and for the backward pass, and their gradients scattered
+              once; the head gathered once, and its gradient scattered in float32
+    rows      of the embedding, exchanged in the forward and in the backward pass
     model     a sum of activations over the tensor-parallel devices, twice a block forward and twice backward
     replicas  the gradient of a device's own part, summed over the axis "slice", twice its size
-    step      the longest of compute, links and network: links carry weights + model, and replicas within a slice; the
-              network replicas between slices, and what of weights comes from other nodes of GPUs
+    step      the longest of compute, links and network: links carry weights + rows + model, and replicas within a
+              slice; the network replicas between slices, and what of weights and rows is from other nodes of GPUs
 
 MFU is as in `hardware.py`, over the same peak, except that causal attention counts half here too. These are bounds:
 what a pod gives is less, and no pod was measured.
@@ -21,7 +23,7 @@ from spectra_jax.plan.topology import Topology
 from spectra_jax.schema import Config
 from spectra_jax.weights import get_rule
 
-BFLOAT16 = 2  # bytes
+BFLOAT16, FLOAT32 = 2, 4  # bytes
 CROSSING = {"codes": 0.25, "int8": 1.0, "matrix": BFLOAT16}  # bytes of a quantized weight on its way
 # Forward passes of the blocks' products that the backward pass repeats, and of attention's.
 REPEATED = {"none": (0, 0), "dots": (0, 1), "full": (1, 1)}
@@ -80,17 +82,18 @@ def bound(config: Config, mesh: Mesh | AbstractMesh, topology: Topology) -> Boun
     each = CROSSING[m.gather] if get_rule(m.weight).quantized else BFLOAT16
     gathers = 2 * config.train.accumulate
     share, travels = 1 / shape["model"], _others(shape["data"])  # of a matrix, and of that from other devices
-    weights = (blocks * (gathers * each + BFLOAT16) + tables * 2 * BFLOAT16) * share
+    weights = (blocks * (gathers * each + BFLOAT16) + m.V * m.D * (BFLOAT16 + FLOAT32)) * share
     rows = tokens / (shape["slice"] * shape["data"])
+    exchanged = 2 * rows * m.D * BFLOAT16
     sums = 4 * m.L * 2 * rows * m.D * BFLOAT16 * _others(shape["model"])
     own = (blocks + tables) * share / shape["data"] * BFLOAT16
     replicas = 2 * own * _others(shape["slice"])
     near = topology.devices // topology.slices  # devices in a slice or node
     nodes = max(1, shape["data"] * shape["model"] // near)  # that share one set of weights
     apart = topology.slices > nodes  # replicas are in other slices
-    links = (weights * travels + sums + (0 if apart else replicas)) / family.inbound
+    links = ((weights + exchanged) * travels + sums + (0 if apart else replicas)) / family.inbound
     # The devices of a node take in together what another node has, each a part, and pass it on by their links.
-    network = (weights * _others(nodes) / near + (replicas if apart else 0)) / family.network
+    network = ((weights / near + exchanged) * _others(nodes) + (replicas if apart else 0)) / family.network
     return Bound(compute, links, network, tokens, useful, mesh.size, topology.chips, family.flops)
 
 

@@ -25,7 +25,8 @@ def compile_packed(generation, M, m, n, dtype=jnp.bfloat16, scales=(1, 1)):
     memory = aot.compiled(generation, M, m, n, dtype, scales).memory_analysis()
     weights, x = m * n // 4, max(M, 8) * m * jnp.dtype(dtype).itemsize
     assert weights < memory.argument_size_in_bytes < weights + 2 * x + 8 * 4 * scales[1] + 65536
-    assert memory.temp_size_in_bytes < 3 * x + 8 * max(M, 8) * n + weights // 4 + 131072  # libtpu 0.0.42: half of it
+    # A constant besides: below 64 KiB with libtpu 0.0.42, 86 kB for 512 x 512 with 0.0.50.
+    assert memory.temp_size_in_bytes < 3 * x + 8 * max(M, 8) * n + weights // 4 + 131072
 
 
 def test_libtpu_is_there(monkeypatch):

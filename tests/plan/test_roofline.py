@@ -28,10 +28,10 @@ def test_a_paper_scale_step():
 
 
 def test_what_crosses_links_and_slices():
-    """A block weight crosses at 2 bits twice and comes back in 2 bytes; embedding and head in 2 bytes both ways."""
+    """A block weight crosses at 2 bits twice and comes back in 2 bytes, the head's in 2 and 4; rows cross twice."""
     one = of("configs/trilm.py:99m", "v5e:4x4", "data.batch=16")
     blocks, table = 16 * (4 * 512 * 512 + 3 * 512 * 1280), 50304 * 512
-    crossing = (blocks * (2 * 0.25 + 2) + 2 * table * 4) * 15 / 16
+    crossing = (blocks * (2 * 0.25 + 2) + table * 6 + 2 * 2048 * 512 * 2) * 15 / 16
     assert one.links == pytest.approx(crossing / (2 * 4.5e10 * 2), rel=1e-9)
     matrix = of("configs/trilm.py:99m", "v5e:4x4", "data.batch=16", "model.gather=matrix")
     assert matrix.links - one.links == pytest.approx(blocks * 2 * 1.75 * 15 / 16 / (2 * 4.5e10 * 2), rel=1e-9)
@@ -52,9 +52,9 @@ def test_nodes_of_gpus():
     """Weights that 16 GPUs share come to a node of 8 once, by all of its adapters; replicas are another's business."""
     shared = of("configs/trilm.py:99m", "h100:8*2", "data.batch=16")
     blocks, table = 16 * (4 * 512 * 512 + 3 * 512 * 1280), 50304 * 512
-    crossing = blocks * (2 * 0.25 + 2) + 2 * table * 4
-    assert shared.links == pytest.approx(crossing * 15 / 16 / 450e9, rel=1e-9)
-    assert shared.network == pytest.approx(crossing / 2 / 8 / 50e9, rel=1e-9)
+    crossing, rows = blocks * (2 * 0.25 + 2) + table * 6, 2 * 2048 * 512 * 2
+    assert shared.links == pytest.approx((crossing + rows) * 15 / 16 / 450e9, rel=1e-9)
+    assert shared.network == pytest.approx((crossing / 8 + rows) / 2 / 50e9, rel=1e-9)
     apart = of("configs/trilm.py:99m", "h100:8*2", "data.batch=16", "mesh.slice=2")
-    assert apart.links == pytest.approx(crossing * 7 / 8 / 450e9, rel=1e-9)
+    assert apart.links == pytest.approx((crossing + rows) * 7 / 8 / 450e9, rel=1e-9)
     assert apart.network == pytest.approx((blocks + 2 * table) / 8 * 2 / 50e9, rel=1e-9)
