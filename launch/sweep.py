@@ -4,28 +4,23 @@ Command:  python launch/sweep.py --sweep=configs/sweeps/schedule.py:1.1b --workd
               [--dry-run] [--config.SECTION.KEY=VALUE ...]
 
 Run it once for each worker, with the same arguments but --worker=0, 1, ...; they share the workdir, or have one each.
-Worker I takes the rows whose index is I modulo the number of workers, which no other worker does, and of these trains
-the ones that are not finished. The same command continues after a stop. When all are done, `spectra sweep` with the
-same sweep, workdir and overrides finds every row finished, and writes the table and the figure.
+Worker I takes every so many of the rows to train, counted from I, with the rows that are quantized from them, and of
+these makes the ones that are not finished; no other worker does. The same command continues after a stop. When all are
+done, `spectra sweep` with the same sweep, workdir and overrides finds every row finished, and writes the table and the
+figure.
 """
 
 import argparse
-import json
 from pathlib import Path
 
-import jax
-
 from spectra_jax.cli import exit_status
-from spectra_jax.data.manifest import write_text
 from spectra_jax.errors import UserError
 from spectra_jax.parser import CONFIG_PREFIX
-from spectra_jax.sweep import FINISHED, read_rows
-from spectra_jax.train.loop import train
-from spectra_jax.train.workdir import config_changes
+from spectra_jax.sweep import FINISHED, check_row, read_rows, run_row, shares
 
 
 def run(spec: str, workdir: Path, worker: int, workers: int, overrides: list[str], dry_run: bool) -> None:
-    """Prints what becomes of every row, and trains this worker's.
+    """Prints what becomes of every row, and makes this worker's.
 
     Raises:
       UserError: no such worker, a sweep or an override is wrong, a row is finished with another config (all before
@@ -34,21 +29,16 @@ def run(spec: str, workdir: Path, worker: int, workers: int, overrides: list[str
     if not 0 <= worker < workers:
         raise UserError(f"--worker={worker} of --workers={workers}: it must be from 0 to one less than the workers")
     rows = read_rows(spec, overrides)
-    for name, config in rows[worker::workers]:
-        if (workdir / name / FINISHED).is_file() and (changes := config_changes(workdir / name, config)):
-            raise UserError(f"{workdir / name} is finished with another config:\n  " + "\n  ".join(changes))
-    for index, (name, config) in enumerate(rows):
-        folder, mine = workdir / name, index % workers == worker
-        finished = mine and (folder / FINISHED).is_file()
-        fate = "skipped, finished" if finished else "taken" if mine else f"skipped, worker {index % workers}'s"
-        print(f"row {index + 1} of {len(rows)}: {name}: {fate}", flush=True)
+    owners = shares(rows, workers)
+    for row in (row for row, owner in zip(rows, owners) if owner == worker):
+        if not dry_run or (workdir / row.name / FINISHED).is_file():
+            check_row(row, workdir)
+    for number, (row, owner) in enumerate(zip(rows, owners), 1):
+        mine, finished = owner == worker, owner == worker and (workdir / row.name / FINISHED).is_file()
+        fate = "skipped, finished" if finished else "taken" if mine else f"skipped, worker {owner}'s"
+        print(f"row {number} of {len(rows)}: {row.name}: {fate}", flush=True)
         if mine and not finished and not dry_run:
-            result = {"name": name, **train(config, folder)}
-            try:
-                write_text(folder / FINISHED, json.dumps(result, indent=1) + "\n", folder)
-            except OSError as error:
-                raise UserError(f"cannot write {folder / FINISHED}: {error.strerror}; make room and repeat") from error
-            jax.clear_caches()  # the next row compiles its own programs
+            run_row(row, workdir)
 
 
 def main() -> None:

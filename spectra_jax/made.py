@@ -21,13 +21,15 @@ def refuse_existing(out: Path) -> None:
 
 
 def write_made(
-    out: Path, config: Config, parameters: PyTree, content: Mapping[str, Any], tokenizer: str, *, step: int = 0
+    out: Path, config: Config, parameters: PyTree, content: Mapping[str, Any], tokenizer: str, *, step: int = 0,
+    fingerprint: str = "",
 ) -> None:
     """Writes the run `out` with one checkpoint of these parameters, latent or stored forms.
 
     Args:
       content: goes into the checkpoint's record.
       tokenizer: the text of its tokenizer.json.
+      fingerprint: of the data that the model was trained on, where it is known.
 
     Raises:
       UserError: the folder cannot be written.
@@ -35,7 +37,7 @@ def write_made(
     half = out.with_name(f".{out.name}.part")
     shutil.rmtree(half, ignore_errors=True)
     try:
-        write_run(half, config, fingerprint="", tokenizer=tokenizer)
+        write_run(half, config, fingerprint=fingerprint, tokenizer=tokenizer)
         with Checkpoints(half, config) as checkpoints:
             checkpoints.save(step, {"parameters": parameters}, {**content, "forms": describe(parameters)})
         half.rename(out)

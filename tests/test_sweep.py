@@ -4,12 +4,17 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
-from helpers import ROOT, TINY, arguments, data, spectra
+from helpers import ROOT, STEPS, TINY, TOKENS_PER_STEP, arguments, data, spectra
 
 from spectra_jax import metrics
+from spectra_jax.analysis import runs
 from spectra_jax.errors import UserError
-from spectra_jax.sweep import run_sweep, table
+from spectra_jax.evaluate.report import evaluate_sets
+from spectra_jax.serve.load import load
+from spectra_jax.sweep import Row, run_sweep, shares, table
 
 ARMS = ["both", "only-decay-removed", "only-peak-lowered", "neither"]
 SPEC = f"{ROOT}/configs/sweeps/schedule.py:tiny"
@@ -41,10 +46,29 @@ def test_four_arms(finished):
     assert sorted(p.name for p in workdir.iterdir()) == sorted([*ARMS, "loss.png", "results.jsonl"])
     lines = printed.splitlines()
     assert lines[:4] == [f"row {k} of 4: {name}" for k, name in enumerate(ARMS, 1)]
-    assert lines[4].split() == ["row", "train", "loss", "validation"]
+    assert lines[4].split() == ["row", "parameters", "per", "weight", "train", "loss", "validation"]
     for row, line in zip(results, lines[5:], strict=True):
-        name, train, held_out = line.split()
-        assert (name, train, held_out) == (row["name"], f"{row['train']['loss']:.4f}", f"{row['eval']['loss']:.4f}")
+        name, parameters, bits, train, held_out, sign, error = line.split()
+        assert (name, parameters, train) == (row["name"], "38,048", f"{row['train']['loss']:.4f}")
+        assert (held_out, sign, error) == (f"{row['loss']:.4f}", "+-", f"{row['loss_se']:.4f}")
+        # By hand: 2 bits a code and a float32 scale for each of 7 matrices of 2 layers.
+        linear = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+        assert row["linear"] == linear and row["bits_per_weight"] == pytest.approx(2 + 14 * 32 / linear)
+
+
+def test_the_held_out_losses_are_of_the_whole_split(finished):
+    """Beside the loss that the run itself saw last, which is of one batch."""
+    workdir, _ = finished
+    results = {row["name"]: row for row in map(json.loads, (workdir / "results.jsonl").read_text().splitlines())}
+    expected = evaluate_sets(load(str(workdir / "both"), devices=jax.devices()[:1]), [str(data())])[str(data())]
+    assert results["both"]["loss"] == pytest.approx(expected.loss, rel=1e-6)
+    kept = runs.losses(workdir / "both")["data"]
+    assert kept.mean() == pytest.approx(expected.loss, rel=1e-6) and kept.size == expected.sequences > 8
+    difference, error = runs.above(workdir / "neither", workdir / "both")
+    other = runs.losses(workdir / "neither")["data"]
+    assert difference == pytest.approx(results["neither"]["loss"] - results["both"]["loss"], rel=1e-6)
+    assert error == pytest.approx(np.std(other - kept, ddof=1) / np.sqrt(kept.size), rel=1e-9)
+    assert error < results["both"]["loss_se"] / 2, "the same sequences are hard for both"
 
 
 def test_the_arms_differ_by_their_interventions_alone(finished):
@@ -98,9 +122,14 @@ def write(path: Path, body: str) -> str:
         ("return [('a', c), ('b', c), ('a', c)]", r"sweep.py: row names repeat: \['a', 'b', 'a'\]"),
         ("c.model.layers = 3; return [('a', c)]", "unknown key config.model.layers"),
         ("c.model.N = 7; return [('a', c)]", "config.model.N=7 is not divisible by config.model.K=8"),
-        ("return []", "sweep.py: get_sweep must return a list of .row name, ConfigDict. pairs, at least one"),
-        ("return [c]", "sweep.py: get_sweep must return a list of .row name, ConfigDict. pairs"),
+        ("return []", "sweep.py: get_sweep must return a list of .row name, ConfigDict., or .* at least one"),
+        ("return [c]", "sweep.py: get_sweep must return a list of .row name, ConfigDict., or of three"),
         ("return [('../a', c)]", "sweep.py: the row name '../a' is no name of a folder"),
+        ("return [('a', c, 1)]", "sweep.py: get_sweep must return a list of .row name, ConfigDict., or of three"),
+        ("c.quantize.method = 'rtn'; return [('q', c, 'a'), ('a', c)]",
+         "the row 'q' is to be quantized from 'a', which is no float row before it; the rows before it are none"),
+        ("c.model.weight = 'ternary'; return [('a', c), ('q', c, 'a')]", "quantized from 'a', which is no float row"),
+        ("return [('a', c), ('q', c, 'a')]", "the row 'q' names no config.quantize.method"),
     ],
 )
 def test_a_sweep_file_that_cannot_work(tmp_path, body, message):
@@ -133,6 +162,45 @@ def test_a_file_where_the_folder_should_be(tmp_path):
     assert (tmp_path / "out").read_text() == "precious"
 
 
+QUANTIZED = """
+    q = config.default()
+    q.family = 'QuantLM'
+    q.quantize.method, q.quantize.bits, q.quantize.group = 'rtn', 4, 16
+    return [('flt', c), ('flt-4bit', q, 'flt')]"""
+
+
+def test_a_row_that_is_quantized(tmp_path):
+    """It is made of the row it names, measured on the same text, and not made again."""
+    file, overrides = write(tmp_path / "sweep.py", QUANTIZED), [*TINY, f"data.sets={data()}"]
+    first = run_sweep(file, tmp_path / "out", overrides)
+    assert [row["name"] for row in first] == ["flt", "flt-4bit"] and "train" not in first[1]
+    assert [round(row["bits_per_weight"], 2) for row in first] == [16, 5]  # 4 and a 16-bit scale for 16 inputs
+    assert first[0]["loss"] != first[1]["loss"] == pytest.approx(first[0]["loss"], rel=0.1)
+    made = tmp_path / "out" / "flt-4bit"
+    frame = runs.table([tmp_path / "out"])
+    assert list(frame["run"]) == ["flt", "flt-4bit"] and frame["data"].nunique() == frame["tokenizer"].nunique() == 1
+    assert list(frame["loss"]) == [row["loss"] for row in first]
+    assert list(frame["stored_bits"]) == [row["stored_bits"] for row in first]
+    assert list(frame["bits"].fillna(0)) == [0, 4] and set(frame["tokens"]) == {STEPS * TOKENS_PER_STEP}
+    # Stopped after it was made and before it was measured.
+    (made / "finished.json").unlink()
+    (made / "held_out.npz").unlink()
+    stamp = (made / "config.json").stat().st_mtime_ns
+    assert run_sweep(file, tmp_path / "out", overrides) == first and (made / "held_out.npz").is_file()
+    assert (made / "config.json").stat().st_mtime_ns == stamp
+    with pytest.raises(UserError, match="flt is finished with another config:\n  optimizer.eps: .* -> 0.1"):
+        run_sweep(file, tmp_path / "out", [*overrides, "optimizer.eps=0.1"])
+
+
+def test_workers_take_quantized_rows_with_their_source():
+    sources = {"a": "", "a4": "a", "b": "", "b4": "b", "c": "", "a3": "a"}
+    rows = [Row(name, None, of) for name, of in sources.items()]
+    assert [shares(rows, n) for n in (1, 2, 3)] == [[0] * 6, [0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 2, 0]]
+
+
 def test_the_table_of_rows_without_a_number():
-    rows = [{"name": "a", "train": {"loss": None}}, {"name": "b", "train": {"loss": 1.0}, "eval": {"loss": 2.0}}]
-    assert [line.split() for line in table(rows).splitlines()[1:]] == [["a", "-", "-"], ["b", "1.0000", "2.0000"]]
+    rows = [
+        {"name": name, "parameters": 1000, "bits_per_weight": 2.5, "loss": 3.0, "loss_se": 0.5, **train}
+        for name, train in (("a", {"train": {"loss": None}}), ("b", {"train": {"loss": 1.0}}), ("c", {}))
+    ]
+    assert [line.split()[3] for line in table(rows).splitlines()[1:]] == ["-", "1.0000", "-"]

@@ -4,15 +4,39 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
+import numpy as np
+from jaxtyping import Float
 
 from spectra_jax.data import sources
 from spectra_jax.data.loader import Loader
-from spectra_jax.evaluate.perplexity import Quality, evaluate, make_sums, short_names
+from spectra_jax.evaluate.perplexity import Quality, make_losses, quality, sequence_losses, short_names
 from spectra_jax.evaluate.tasks import TaskQuality, evaluate_tasks, read_items
 from spectra_jax.evaluate.windows import TextQuality, evaluate_texts
 from spectra_jax.serve.load import Loaded, load
 from spectra_jax.sharding import batch_sharding
 from spectra_jax.weights.prepared import prepare
+
+
+def losses_on(
+    model: Loaded, sets: Sequence[str], split: str = "validation", sequences: int | None = None
+) -> dict[str, tuple[Float[np.ndarray, "_"], Quality]]:
+    """For each prepared set the losses of its sequences in stored order, and their mean with its error.
+
+    Raises:
+      UserError: a set does not fit the model (context, vocabulary) or is damaged.
+    """
+    config, sharding = model.config, batch_sharding(model.mesh)
+    program = jax.jit(make_losses(model.graphdef, config.train.loss_chunks))
+    found = {}
+    with jax.set_mesh(model.mesh):
+        for path in sets:
+            loader = Loader(
+                [(path, 1.0)], split=split, T=config.data.T, B=config.data.batch, V=config.model.V, seed=config.seed
+            )
+            loader.check_tokenizer(model.tokenizer)
+            losses = sequence_losses(program, model.parameters, loader, sharding, sequences)
+            found[str(path)] = losses, quality(losses, loader.manifests[0].splits[split], loader.T)
+    return found
 
 
 def evaluate_sets(
@@ -21,19 +45,9 @@ def evaluate_sets(
     """Quality of a loaded model on each prepared set.
 
     Raises:
-      UserError: a set does not fit the model (context, vocabulary) or is damaged.
+      UserError: as `losses_on`.
     """
-    config, sharding = model.config, batch_sharding(model.mesh)
-    sums = jax.jit(make_sums(model.graphdef, config.train.loss_chunks))
-    found = {}
-    with jax.set_mesh(model.mesh):
-        for path in sets:
-            loader = Loader(
-                [(path, 1.0)], split=split, T=config.data.T, B=config.data.batch, V=config.model.V, seed=config.seed
-            )
-            loader.check_tokenizer(model.tokenizer)
-            found[str(path)] = evaluate(sums, model.parameters, loader, sharding, sequences)
-    return found
+    return {path: found for path, (_, found) in losses_on(model, sets, split, sequences).items()}
 
 
 def evaluate_checkpoint(

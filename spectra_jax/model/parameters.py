@@ -41,8 +41,8 @@ def count(m: Model) -> Parameters:
     )
 
 
-def block_matrices(parameters: dict) -> dict[Key, Array | Form]:
-    """The stacked matrices (L, in, out) of every kind, latent or frozen."""
+def block_matrices(parameters: dict) -> dict[Key, Array | Form | jax.ShapeDtypeStruct]:
+    """The stacked matrices (L, in, out) of every kind, latent or frozen, or their shapes."""
     return {(module, name): parameters["blocks"][module][name]["w"] for module, name in MATRICES}
 
 

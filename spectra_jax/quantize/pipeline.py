@@ -33,7 +33,7 @@ from spectra_jax.schema import Config, Quantize
 from spectra_jax.serve.load import Loaded, load
 from spectra_jax.sharding import AXES, batch_sharding, gathered
 from spectra_jax.stored import parse_checkpoint
-from spectra_jax.train.workdir import read_config
+from spectra_jax.train.workdir import read_config, read_fingerprint
 from spectra_jax.weights import get_rule
 from spectra_jax.weights.form import Form, part_sharding, size_in_bits
 
@@ -79,7 +79,9 @@ def quantize(checkpoint: str, config: Config, out: Path | str) -> Path:
                           "stored_bits": stored, "paper_bits": paper},
         }
         tokenizer = (workdir / "tokenizer.json").read_text("utf-8")
-        write_made(out, made, parameters, content, tokenizer, step=source.step)
+        write_made(
+            out, made, parameters, content, tokenizer, step=source.step, fingerprint=read_fingerprint(workdir)
+        )
     layers.remove()
     return out
 

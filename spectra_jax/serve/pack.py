@@ -11,7 +11,7 @@ from spectra_jax.made import refuse_existing, write_made
 from spectra_jax.progress import human
 from spectra_jax.serve.load import load
 from spectra_jax.stored import parse_checkpoint, size
-from spectra_jax.train.workdir import read_config
+from spectra_jax.train.workdir import read_config, read_fingerprint
 from spectra_jax.weights import packed
 from spectra_jax.weights.form import is_form, size_in_bits
 
@@ -45,7 +45,10 @@ def pack(checkpoint: str, out: Path | str, *, trits: bool = False, dtype: str = 
     with jax.set_mesh(source.mesh):
         parameters = packed.pack(parameters, trits=trits)
         tokenizer = (workdir / "tokenizer.json").read_text("utf-8")
-        write_made(out, read_config(workdir), parameters, content, tokenizer, step=source.step)
+        fingerprint = read_fingerprint(workdir)
+        write_made(
+            out, read_config(workdir), parameters, content, tokenizer, step=source.step, fingerprint=fingerprint
+        )
     taken = size(out)
     return (
         f"{out}: {human(taken)}B on disk, {8 * taken / stored:.3f} of the {human(stored / 8)}B of its stored bits; "

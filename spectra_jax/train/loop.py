@@ -17,7 +17,7 @@ from spectra_jax.checkpoint import Checkpoints
 from spectra_jax.data.loader import Loader
 from spectra_jax.distributed import Vote
 from spectra_jax.errors import Stopped, UserError
-from spectra_jax.evaluate.perplexity import evaluate, make_sums, short_names
+from spectra_jax.evaluate.perplexity import combined, evaluate, make_losses, short_names
 from spectra_jax.metrics import FILE, MetricsWriter
 from spectra_jax.metrics import read as read_metrics
 from spectra_jax.model.parameters import graphdef_of
@@ -138,7 +138,7 @@ class Run:
         self.vote, self.stalls = Vote(self.mesh), Vote(self.mesh)
         self.sharding = batch_sharding(self.mesh)
         self.interventions = interventions(config)
-        self.sums = jax.jit(make_sums(graphdef_of(config.model), config.train.loss_chunks))
+        self.losses = jax.jit(make_losses(graphdef_of(config.model), config.train.loss_chunks))
         self.held_out = {
             name: make_loader(config, "validation", ((path, 1.0),)) for name, path in zip(short_names(paths), paths)
         } if config.evaluate.every_steps else {}
@@ -257,13 +257,11 @@ class Run:
         config, limit = self.config, self.config.evaluate.batches * self.config.data.batch or None
         with self.timer.phase("eval"):
             found = {
-                name: evaluate(self.sums, state["parameters"], loader, self.sharding, limit)
+                name: evaluate(self.losses, state["parameters"], loader, self.sharding, limit)
                 for name, loader in self.held_out.items()
             }
-        weights = [weight for _, weight in config.mixture]
-        losses = [quality.loss for quality in found.values()]
-        mean = sum(w * loss for w, loss in zip(weights, losses)) / sum(weights)
-        record = {"loss": mean, "tokens": done * config.tokens_per_step}
+        mean = combined(list(found.values()), [weight for _, weight in config.mixture])
+        record = {"loss": mean.loss, "tokens": done * config.tokens_per_step}
         self.writer.write(done, "eval", record | {name: asdict(quality) for name, quality in found.items()})
         for name, q in found.items():
             self.progress.message(

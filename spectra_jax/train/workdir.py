@@ -80,6 +80,15 @@ def read_config(workdir: Path | str) -> Config:
     return configs.from_dict(_read(Path(workdir) / "config.json")["config"])
 
 
+def read_fingerprint(workdir: Path | str) -> str:
+    """What identifies the data of the run in `workdir`; "" for a model that came from elsewhere.
+
+    Raises:
+      UserError: as `read_config`.
+    """
+    return _read(Path(workdir) / "config.json")["data_fingerprint"]
+
+
 def _read(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path.parent} holds no run: it has no config.json (made by `spectra train`)")

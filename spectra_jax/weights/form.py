@@ -67,8 +67,8 @@ def is_form(node: Any) -> bool:
     return isinstance(node, Form)
 
 
-def bits_of(*arrays: Array | None) -> int:
-    """Bits of arrays as they are."""
+def bits_of(*arrays: Array | jax.ShapeDtypeStruct | None) -> int:
+    """Bits of arrays as they are, or of their shapes."""
     return sum(array.size * array.dtype.itemsize * 8 for array in arrays if array is not None)
 
 
