@@ -9,6 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from spectra_jax.analysis import plots
+from spectra_jax.analysis.plots import curves
 from spectra_jax.errors import UserError
 from spectra_jax.metrics import MetricsWriter
 
@@ -106,13 +107,13 @@ def test_names_fall_back_to_folders_and_stay_apart(tmp_path):
 
 def test_the_average_is_a_two_sided_exponential_window():
     values = np.random.default_rng(1).normal(size=40)
-    smoothed = plots._smoothed(values, 0.1)  # a window of 4 points: decay 3/4
+    smoothed = curves._smoothed(values, 0.1)  # a window of 4 points: decay 3/4
     distance = np.abs(np.subtract.outer(np.arange(40), np.arange(40)))
     weights = 0.75**distance
     np.testing.assert_allclose(smoothed, weights @ values / weights.sum(1), rtol=1e-12)
-    np.testing.assert_array_equal(plots._smoothed(values, 0), values)
+    np.testing.assert_array_equal(curves._smoothed(values, 0), values)
     straight = np.arange(51.0)
-    assert plots._smoothed(straight, 0.1)[25] == pytest.approx(25)  # a one-sided one would lag
+    assert curves._smoothed(straight, 0.1)[25] == pytest.approx(25)  # a one-sided one would lag
 
 
 def test_gaps_from_skipped_steps_are_left_out(tmp_path):

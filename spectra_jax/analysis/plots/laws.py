@@ -1,0 +1,90 @@
+"""Loss against size with fitted laws, and the gap between two families."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from spectra_jax.analysis.plots.style import family_of as family_in
+from spectra_jax.analysis.plots.style import log_ticks, looks, panels, save
+from spectra_jax.analysis.scaling_laws import Fit, Law
+from spectra_jax.errors import UserError
+
+X_LABELS = {"parameters": "parameters", "linear": "parameters of the block matrices", "stored_bits": "stored bits",
+            "paper_bits": "bits, as the paper counts", "tokens": "training tokens"}
+EQUATIONS = {"offset": "{A:.3g} x^-{alpha:.3f} + {E:.2f}", "power": "{A:.3g} x^-{alpha:.3f}", "joint": ""}
+
+
+def scaling(fit: Fit, path: Path | str | None = None, *, extend: float = 1.0) -> Figure:
+    """The points of a fit, its curves with their 95 % bands, and the equations.
+
+    Args:
+      extend: how many times as far as the largest point the curves go.
+
+    Raises:
+      UserError: a joint law, which has no single curve.
+    """
+    if fit.law.form == "joint":
+        raise UserError("a joint law of size and tokens is no curve; draw it with law_of_tokens")
+    groups = {name: family_in(name) for name in fit.law.constants}
+    column = next(name for name in fit.points if set(fit.points[name]) == set(groups))
+    y = next(name for name in ("loss", *fit.points) if name in fit.points)
+    with panels(height=2.9) as (figure, axes):
+        sizes = fit.points[fit.x]
+        xs = np.geomspace(sizes.min() / 1.2, sizes.max() * 1.2 * extend, 100)
+        for (name, c), look in zip(fit.law.constants.items(), looks(groups), strict=True):
+            of = fit.points[fit.points[column] == name]
+            if fit.samples:
+                axes.fill_between(xs, *fit.band(name, xs), color=look["color"], alpha=0.15, linewidth=0)
+            axes.plot(xs, fit.law(name, xs), color=look["color"], linestyle=look["linestyle"], linewidth=1.0)
+            axes.plot(of[fit.x], of[y], color=look["color"], marker=look["marker"], linestyle="",
+                      label=f"{name}: {EQUATIONS[fit.law.form].format(**c)}")
+        axes.set_xscale("log")
+        log_ticks(axes.xaxis, xs[-1] / xs[0])
+        low, high = fit.points[y].min(), fit.points[y].max()
+        axes.set_ylim(min(low - 0.12 * (high - low), min(fit.law(name, xs[-1]) for name in groups)), None)
+        axes.set(xlabel=X_LABELS.get(fit.x, fit.x), ylabel="loss (nats per token)", title="Loss against size")
+        axes.legend(loc="upper right")
+        return save(figure, path)
+
+
+def curves_of_laws(
+    laws: Mapping[str, Law], path: Path | str | None = None, *, sizes: tuple[float, float] = (99e6, 400e9)
+) -> Figure:
+    """Published laws over a range of sizes, and below the loss of TriLM above FloatLM's in per cent."""
+    with panels(2, 1, height=4.2, sharex=True, height_ratios=(1.4, 1)) as (figure, grid):
+        top, below = grid[:, 0]
+        xs = np.geomspace(*sizes, 200)
+        for (title, law), dash in zip(laws.items(), ("-", (0, (4, 1.5)), (0, (1.5, 1.2)))):
+            for name, look in zip(law.constants, looks({name: family_in(name) for name in law.constants})):
+                top.plot(xs, law(name, xs), color=look["color"], linestyle=dash, label=f"{name}, {title}")
+            below.plot(xs, 100 * (law("TriLM", xs) / law("FloatLM", xs) - 1), color="#444444", linestyle=dash,
+                       label=title)
+        top.set(ylabel="loss (nats per token)", title="Published scaling laws")
+        below.set(xlabel="parameters", ylabel="TriLM above\nFloatLM (%)")
+        below.set_xscale("log")
+        log_ticks(below.xaxis, sizes[1] / sizes[0])
+        top.legend(loc="upper right")
+        below.legend(loc="upper right")
+        return save(figure, path)
+
+
+def gaps(table: pd.DataFrame, path: Path | str | None = None, *, x: str = "parameters") -> Figure:
+    """How far families lie above each other, against size.
+
+    table: columns pair ("TriLM - FloatLM"), `x`, gap (nats per token), error (of one standard deviation; NaN: none).
+    """
+    with panels() as (figure, axes):
+        pairs = {pair: family_in(pair) for pair in table["pair"].unique()}
+        for pair, look in zip(pairs, looks(pairs)):
+            of = table[table["pair"] == pair].sort_values(x)
+            axes.errorbar(of[x], of["gap"], yerr=2 * of["error"].fillna(0.0), label=pair, capsize=2, linewidth=0.9, **{
+                key: value for key, value in look.items()})
+        axes.axhline(0.0, color="#777777", linewidth=0.8)
+        axes.set_xscale("log")
+        log_ticks(axes.xaxis, table[x].max() / table[x].min())
+        axes.set(xlabel=X_LABELS.get(x, x), ylabel="nats per token", title="Gaps (bars: 2 standard errors)")
+        axes.legend(loc="best")
+        return save(figure, path)
