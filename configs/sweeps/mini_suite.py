@@ -27,14 +27,14 @@ SEEDS = (0, 1, 2)  # at the two smallest sizes
 # What the search tries, at half the tokens, and where the parabola through the best rate and its neighbours is lowest
 # (results/mini_suite/search.csv), in the order of the widths. Other widths: on the power law through the nearest two.
 SEARCHED = {
-    "92k": {"FloatLM": (2e-3, 4e-3, 8e-3, 16e-3), "TriLM": (8e-3, 16e-3, 32e-3, 64e-3),
+    "92k": {"FloatLM": (2e-3, 4e-3, 8e-3, 16e-3, 32e-3), "TriLM": (4e-3, 8e-3, 16e-3, 32e-3, 64e-3),
             "BiLM": (2e-3, 4e-3, 8e-3, 16e-3)},
     "237k": {"FloatLM": (2e-3, 4e-3, 8e-3, 16e-3), "TriLM": (4e-3, 8e-3, 16e-3, 32e-3),
              "BiLM": (4e-3, 8e-3, 16e-3, 32e-3), "BitNet": (4e-3, 8e-3, 16e-3, 32e-3)},
     "1.1m": {"FloatLM": (1e-3, 2e-3, 4e-3, 8e-3), "TriLM": (2e-3, 4e-3, 8e-3, 16e-3),
              "BiLM": (2e-3, 4e-3, 8e-3, 16e-3)},
 }
-PEAKS = {"FloatLM": (6.7e-3, 5.0e-3, 3.7e-3), "TriLM": (24e-3, 11.7e-3, 5.6e-3), "BiLM": (5.1e-3, 5.8e-3, 6.6e-3)}
+PEAKS = {"FloatLM": (12.2e-3, 5.0e-3, 3.7e-3), "TriLM": (8.2e-3, 11.7e-3, 5.6e-3), "BiLM": (6.5e-3, 5.8e-3, 6.6e-3)}
 BITNET_TO_TRILM = 11.9 / 11.7  # searched at one width
 ARMS = {"only-decay-removed": (False, True), "only-peak-lowered": (True, False), "neither": (False, False)}
 QUANTIZED = {8: 0, 6: 0, 4: 32, 3: 32}  # bits: group, which must divide every D

@@ -1,0 +1,136 @@
+"""What weights look like: normal fits, entropies, codes, scales (Spectra, arXiv 2407.12327, section 2.2, appendix E)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from spectra_jax.analysis.runs import expand
+from spectra_jax.checkpoint import Checkpoints
+from spectra_jax.errors import UserError
+from spectra_jax.model.matrices import Key, stacked_codes, stacked_statistics
+from spectra_jax.model.parameters import block_matrices
+from spectra_jax.serve.load import Loaded, load
+from spectra_jax.stored import parse_checkpoint
+from spectra_jax.weights import get_rule
+from spectra_jax.weights.form import is_form
+
+BINS = (100, 300, 500, 700, 900)  # of the paper's histograms
+
+
+def table(
+    checkpoint: str | Path, *, bins: Sequence[int] = BINS, span: tuple[float, float] | None = None
+) -> pd.DataFrame:
+    """Statistics of every block matrix of a checkpoint, one row for each layer and kind.
+
+    Columns:
+      step, layer, kind, weights (how many).
+      mean, std, kurtosis (excess; 0 for a normal distribution) and differential_entropy (of the normal distribution
+        with that std, in bits) of the latent weights; of a model that holds no latent ones, of the effective weights.
+      entropy_N: Shannon entropy in bits of their histogram of N bins.
+      scale, scale_min, scale_max (over shards, groups or outputs) and zeros (share of codes that are 0), where there
+        are codes and scales; error: root mean square of latent minus effective weights, over that of the latent ones.
+
+    Args:
+      span: of the histograms; by default from the smallest to the largest weight of the matrix (not stated in the
+        paper; its figures draw from -0.4 to 0.4).
+
+    Raises:
+      UserError: no such checkpoint.
+    """
+    model = _load(str(checkpoint))
+    effective, codes, scales = _parts(model)
+    rows = []
+    for key, matrix in block_matrices(model.parameters).items():
+        latent = None if is_form(matrix) else np.asarray(matrix, np.float64)
+        for layer in range(model.config.model.L):
+            shown = effective[key][layer] if latent is None else latent[layer]
+            row = {"step": model.step, "layer": layer, "kind": ".".join(key), **_statistics(shown, bins, span)}
+            if key in scales:
+                s = scales[key][layer]
+                row |= {"scale": s.mean(), "scale_min": s.min(), "scale_max": s.max()}
+            if key in codes:
+                row["zeros"] = float(np.mean(codes[key][layer] == 0))
+            if latent is not None and key in effective:
+                row["error"] = np.linalg.norm(shown - effective[key][layer]) / np.linalg.norm(shown)
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def series(run: str | Path, **options: Any) -> pd.DataFrame:
+    """`table` of every checkpoint of a run, one below the other."""
+    checkpoints = Checkpoints(run)
+    steps = checkpoints.chosen(None)
+    checkpoints.close()
+    return pd.concat([table(f"{run}@{step}", **options) for step in steps], ignore_index=True)
+
+
+def entropies(runs: Sequence[str | Path], *, bins: Sequence[int] = BINS) -> pd.DataFrame:
+    """One row for every run: entropies as in `table`, in the mean over its matrices by their weights.
+
+    Columns: run, parameters of block matrices ("linear"), std, differential_entropy, entropy_N.
+    """
+    rows = []
+    for run in expand(runs):
+        found = table(run, bins=bins)
+        named = ["differential_entropy", *(f"entropy_{n}" for n in bins)]
+        mean = {name: float(np.average(found[name], weights=found["weights"])) for name in named}
+        spread = float(np.sqrt(np.average(found["std"] ** 2, weights=found["weights"])))
+        rows.append({"run": Path(run).name, "linear": int(found["weights"].sum()), "std": spread, **mean})
+    return pd.DataFrame(rows)
+
+
+def _load(checkpoint: str) -> Loaded:
+    """With latent weights, if there are any."""
+    device = jax.devices()[:1]
+    try:
+        return load(checkpoint, latent=True, devices=device)
+    except UserError:
+        return load(checkpoint, devices=device)  # codes and scales; whatever else was wrong is wrong again
+
+
+def _parts(model: Loaded) -> tuple[dict[Key, np.ndarray], dict[Key, np.ndarray], dict[Key, np.ndarray]]:
+    """Effective weights, codes and scales (L, ...) of every kind of matrix that has them."""
+    m, ws = model.config.model, block_matrices(model.parameters)
+    effective, codes, scales = {}, {}, {}
+    with jax.set_mesh(model.mesh):
+        if get_rule(m.weight).quantized and not any(map(is_form, ws.values())):
+            statistics = stacked_statistics(m, ws)
+            codes = {key: np.asarray(found) for key, found in stacked_codes(m, ws, statistics).items()}
+            scales = {key: np.asarray(found.scale) for key, found in statistics.items()}
+            frozen = _frozen(m, ws)
+        else:
+            frozen = {key: w for key, w in ws.items() if is_form(w)}
+        for key, w in frozen.items():
+            effective[key] = np.asarray(jax.vmap(lambda one: one.dequantize())(w), np.float64)
+            if getattr(w, "codes", None) is not None:
+                codes[key] = np.asarray(w.codes)
+            if getattr(w, "scales", None) is not None:
+                scales[key] = np.asarray(w.scales, np.float64).reshape(m.L, -1)
+    return effective, codes, scales
+
+
+def _statistics(w: Float[np.ndarray, "m n"], bins: Sequence[int], span: tuple[float, float] | None) -> dict[str, Any]:
+    std = float(w.std())
+    entropy = {f"entropy_{n}": shannon_entropy(w, n, span) for n in bins}
+    return {
+        "weights": w.size, "mean": float(w.mean()), "std": std,
+        "kurtosis": float(np.mean((w - w.mean()) ** 4) / std**4 - 3),
+        "differential_entropy": differential_entropy(std), **entropy,
+    }
+
+
+def differential_entropy(std: float) -> float:
+    """Of a normal distribution, in bits: log2(2 pi e std^2) / 2."""
+    return float(0.5 * np.log2(2 * np.pi * np.e * std**2))
+
+
+def shannon_entropy(w: Float[np.ndarray, "..."], bins: int, span: tuple[float, float] | None = None) -> float:
+    """Of the histogram of so many bins from end to end of `span`, in bits; weights beyond it are left out."""
+    counts, _ = np.histogram(w, bins, span)
+    p = counts[counts > 0] / counts.sum()
+    return float(-np.sum(p * np.log2(p)))
