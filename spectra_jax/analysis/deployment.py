@@ -75,8 +75,8 @@ def shape_of(name: str) -> Shape:
 
 
 def memory(
-    shape: Shape, bits: float, *, context: int = 0, sequences: int = 1, cache_bits: float = 16.0,
-    embedding_bits: float = 16.0,
+    shape: Shape, bits: float | int, *, context: int = 0, sequences: int = 1, cache_bits: float | int = 16.0,
+    embedding_bits: float | int = 16.0,
 ) -> dict[str, float]:
     """GB of a model and its cache: "blocks" at so many bits a weight, "embedding" (and head), "cache", "total".
 
@@ -101,7 +101,7 @@ def memory(
 
 
 def table(
-    shapes: Sequence[Shape] = tuple(SHAPES.values()), bits: Mapping[str, float] = PAPER_BITS, **options
+    shapes: Sequence[Shape] = tuple(SHAPES.values()), bits: Mapping[str, float | int] = PAPER_BITS, **options
 ) -> pd.DataFrame:
     """GB and speed-up over 16 bits of every shape at every width; `options` are those of `memory`."""
     rows = []
@@ -135,7 +135,7 @@ def fits(models: pd.DataFrame, devices: Sequence[str] = ("H100 SXM", "MI300X", "
     return pd.DataFrame(rows, columns=["device", "shape", "family", "gb", "devices", "left", "decode"])
 
 
-def largest(device: str, bits: float, *, count: int = 1) -> float:
+def largest(device: str, bits: float | int, *, count: int = 1) -> float:
     """Parameters of the largest model that so many of a device hold, in 70B's proportions, in the paper's accounting.
 
     Raises:
@@ -143,7 +143,7 @@ def largest(device: str, bits: float, *, count: int = 1) -> float:
     """
     room = accelerators.find(device).memory_gb * count
 
-    def scaled(width: float) -> Shape:  # heads and layers need not be whole for this
+    def scaled(width: float | int) -> Shape:  # heads and layers need not be whole for this
         return Shape("", int(width), int(3.5 * width), round(width * 80 / 8192), int(width / 128), 8)
 
     low, high = 128.0, 1e6
@@ -162,14 +162,17 @@ def claims() -> pd.DataFrame:
     """
     rows = []
 
-    def total(shape: str, bits: float) -> float:
+    def total(shape: str, bits: float | int) -> float:
         return memory(SHAPES[shape], bits)["total"]
 
-    def room(text: str, shape: str, bits: float, device: str, count: int = 1, above: bool = False) -> None:
+    def room(text: str, shape: str, bits: float | int, device: str, count: int = 1, above: bool = False) -> None:
         held, used = accelerators.find(device).memory_gb * count, total(shape, bits)
         rows.append((text, f"{used:.1f} GB of {held:g}", (used > held) == above))
 
-    def ratio(text: str, shape: str, bits: float, least: float, other: float = 16.0, most: float = np.inf) -> None:
+    def ratio(
+        text: str, shape: str, bits: float | int, least: float | int, other: float | int = 16.0,
+        most: float | int = np.inf,
+    ) -> None:
         found = total(shape, other) / total(shape, bits)
         rows.append((text, f"{found:.2f}x", least <= found <= most))
 

@@ -24,6 +24,7 @@ from spectra_jax.errors import UserError, one_of
 FORMS = {"offset": ("A", "alpha", "E"), "power": ("A", "alpha"), "joint": ("A", "alpha", "B", "beta", "E")}
 SHAREABLE = ("alpha", "beta", "E")
 EXPONENTS = (0.03, 0.1, 0.2, 0.35, 0.5, 0.8, 1.2)  # where fits start
+Numbers = np.ndarray | pd.Series | Sequence[float] | float | int
 DELTA = 1e-3  # of Huber's loss on log L, as in Chinchilla, appendix D.2
 
 
@@ -34,7 +35,7 @@ class Law:
     form: str
     constants: Mapping[str, Mapping[str, float]]
 
-    def __call__(self, group: str, x: np.ndarray | float, tokens: np.ndarray | float | None = None) -> np.ndarray:
+    def __call__(self, group: str, x: Numbers, tokens: Numbers | None = None) -> np.ndarray:
         """The loss at sizes `x`, and of the joint form at so many tokens."""
         c = self.constants[one_of(group, self.constants, "group")]
         loss = c["A"] * np.asarray(x, float) ** -c["alpha"] + c.get("E", 0.0)
@@ -42,9 +43,11 @@ class Law:
             if tokens is None:
                 raise UserError("a joint law is of size and tokens; say how many tokens")
             loss = loss + c["B"] * np.asarray(tokens, float) ** -c["beta"]
-        return loss
+        return np.asarray(loss)
 
-    def size_within(self, worse: str, better: str, percent: float, tokens: float | None = None) -> float:
+    def size_within(
+        self, worse: str, better: str, percent: float | int, tokens: float | int | None = None
+    ) -> float:
         """The size from which on the loss of `worse` is at most so many per cent above that of `better` at equal size.
 
         NaN where that is at no size: not even without end, or already at any that matters (1 to 1e30).
@@ -74,13 +77,14 @@ class Fit:
     residual: float  # standard deviation, degrees of freedom taken off: nats, with Huber's loss of log L
     samples: tuple[Law, ...]
 
-    def band(
-        self, group: str, x: np.ndarray | float, tokens: np.ndarray | float | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def band(self, group: str, x: Numbers, tokens: Numbers | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The middle 95 % of the bootstrap's losses at `x`."""
-        return tuple(np.percentile([law(group, x, tokens) for law in self.samples], (2.5, 97.5), axis=0))
+        low, high = np.percentile([law(group, x, tokens) for law in self.samples], (2.5, 97.5), axis=0)
+        return np.asarray(low), np.asarray(high)
 
-    def within(self, worse: str, better: str, percents: Sequence[float], tokens: float | None = None) -> pd.DataFrame:
+    def within(
+        self, worse: str, better: str, percents: Sequence[float | int], tokens: float | int | None = None
+    ) -> pd.DataFrame:
         """`Law.size_within` for each percentage, and the middle 95 % of the bootstrap's sizes.
 
         `never` is the share of the bootstrap's laws under which there is no such size; they count as infinite.

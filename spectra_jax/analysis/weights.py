@@ -1,4 +1,4 @@
-"""What weights look like: normal fits, entropies, codes, scales (Spectra, arXiv 2407.12327, section 2.2, appendix E)."""
+"""What weights look like: normal fits, entropies, codes, scales (Spectra, arXiv 2407.12327, 2.2 and appendix E)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,19 +11,18 @@ from jaxtyping import Float
 
 from spectra_jax.analysis.runs import expand
 from spectra_jax.checkpoint import Checkpoints
-from spectra_jax.errors import UserError
-from spectra_jax.model.matrices import Key, stacked_codes, stacked_statistics
-from spectra_jax.model.parameters import block_matrices
+from spectra_jax.model.matrices import Key
+from spectra_jax.model.parameters import block_matrices, freeze
 from spectra_jax.serve.load import Loaded, load
-from spectra_jax.stored import parse_checkpoint
-from spectra_jax.weights import get_rule
+from spectra_jax.stored import parse_checkpoint, record_of
 from spectra_jax.weights.form import is_form
 
+Span = tuple[float | int, float | int] | None
 BINS = (100, 300, 500, 700, 900)  # of the paper's histograms
 
 
 def table(
-    checkpoint: str | Path, *, bins: Sequence[int] = BINS, span: tuple[float, float] | None = None
+    checkpoint: str | Path, *, bins: Sequence[int] = BINS, span: Span = None
 ) -> pd.DataFrame:
     """Statistics of every block matrix of a checkpoint, one row for each layer and kind.
 
@@ -86,35 +85,29 @@ def entropies(runs: Sequence[str | Path], *, bins: Sequence[int] = BINS) -> pd.D
 
 def _load(checkpoint: str) -> Loaded:
     """With latent weights, if there are any."""
-    device = jax.devices()[:1]
-    try:
-        return load(checkpoint, latent=True, devices=device)
-    except UserError:
-        return load(checkpoint, devices=device)  # codes and scales; whatever else was wrong is wrong again
+    workdir, step = parse_checkpoint(checkpoint)
+    checkpoints = Checkpoints(workdir)
+    record = record_of(checkpoints.path(checkpoints.chosen(step)[-1]))
+    checkpoints.close()
+    return load(checkpoint, latent=not record.get("forms"), devices=jax.devices()[:1])
 
 
 def _parts(model: Loaded) -> tuple[dict[Key, np.ndarray], dict[Key, np.ndarray], dict[Key, np.ndarray]]:
     """Effective weights, codes and scales (L, ...) of every kind of matrix that has them."""
-    m, ws = model.config.model, block_matrices(model.parameters)
     effective, codes, scales = {}, {}, {}
     with jax.set_mesh(model.mesh):
-        if get_rule(m.weight).quantized and not any(map(is_form, ws.values())):
-            statistics = stacked_statistics(m, ws)
-            codes = {key: np.asarray(found) for key, found in stacked_codes(m, ws, statistics).items()}
-            scales = {key: np.asarray(found.scale) for key, found in statistics.items()}
-            frozen = _frozen(m, ws)
-        else:
-            frozen = {key: w for key, w in ws.items() if is_form(w)}
-        for key, w in frozen.items():
-            effective[key] = np.asarray(jax.vmap(lambda one: one.dequantize())(w), np.float64)
-            if getattr(w, "codes", None) is not None:
-                codes[key] = np.asarray(w.codes)
-            if getattr(w, "scales", None) is not None:
-                scales[key] = np.asarray(w.scales, np.float64).reshape(m.L, -1)
+        for key, w in block_matrices(freeze(model.config.model, model.parameters)).items():
+            if is_form(w):
+                effective[key] = np.asarray(jax.vmap(lambda one: one.dequantize())(w), np.float64)
+                found = getattr(w, "codes", None), getattr(w, "scales", None)
+                if found[0] is not None:
+                    codes[key] = np.asarray(found[0])
+                if found[1] is not None:
+                    scales[key] = np.asarray(found[1], np.float64).reshape(model.config.model.L, -1)
     return effective, codes, scales
 
 
-def _statistics(w: Float[np.ndarray, "m n"], bins: Sequence[int], span: tuple[float, float] | None) -> dict[str, Any]:
+def _statistics(w: Float[np.ndarray, "m n"], bins: Sequence[int], span: Span) -> dict[str, Any]:
     std = float(w.std())
     entropy = {f"entropy_{n}": shannon_entropy(w, n, span) for n in bins}
     return {
@@ -124,12 +117,12 @@ def _statistics(w: Float[np.ndarray, "m n"], bins: Sequence[int], span: tuple[fl
     }
 
 
-def differential_entropy(std: float) -> float:
+def differential_entropy(std: float | int) -> float:
     """Of a normal distribution, in bits: log2(2 pi e std^2) / 2."""
     return float(0.5 * np.log2(2 * np.pi * np.e * std**2))
 
 
-def shannon_entropy(w: Float[np.ndarray, "..."], bins: int, span: tuple[float, float] | None = None) -> float:
+def shannon_entropy(w: Float[np.ndarray, "..."], bins: int, span: Span = None) -> float:
     """Of the histogram of so many bins from end to end of `span`, in bits; weights beyond it are left out."""
     counts, _ = np.histogram(w, bins, span)
     p = counts[counts > 0] / counts.sum()

@@ -6,6 +6,7 @@ Training, checkpoints, optimizers and quantizers see only the dict; `nnx.merge(g
 from functools import partial
 
 import jax
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, PyTree
 
@@ -41,8 +42,8 @@ def count(m: Model) -> Parameters:
     )
 
 
-def block_matrices(parameters: dict) -> dict[Key, Array | Form | jax.ShapeDtypeStruct]:
-    """The stacked matrices (L, in, out) of every kind, latent or frozen, or their shapes."""
+def block_matrices(parameters: dict) -> dict[Key, Array | np.ndarray | Form | jax.ShapeDtypeStruct]:
+    """The stacked matrices (L, in, out) of every kind, latent or frozen, also on the host, or their shapes."""
     return {(module, name): parameters["blocks"][module][name]["w"] for module, name in MATRICES}
 
 

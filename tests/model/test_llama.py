@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from llama import NAMES, llama_of
+from transformers import LlamaForCausalLM
 from transformers.integrations.bitnet import AutoBitLinear
 
 from spectra_jax.model import parameters as trees
@@ -19,15 +20,6 @@ from spectra_jax.schema import Model
 
 SMALL = Model(V=61, D=32, F=48, L=2, N=4, K=4, H=8, attention_blocks=2)
 B, T = 2, 11
-NAMES = {
-    ("attention", "q"): "self_attn.q_proj",
-    ("attention", "k"): "self_attn.k_proj",
-    ("attention", "v"): "self_attn.v_proj",
-    ("attention", "o"): "self_attn.o_proj",
-    ("mlp", "gate"): "mlp.gate_proj",
-    ("mlp", "up"): "mlp.up_proj",
-    ("mlp", "down"): "mlp.down_proj",
-}
 
 
 def tokens_for(m: Model) -> np.ndarray:
@@ -39,38 +31,6 @@ def loss(graphdef, tree, tokens):
     logits = trees.apply(graphdef, tree)(tokens[:, :-1])
     target = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - target), logits
-
-
-def llama_of(m: Model, tree: dict) -> LlamaForCausalLM:
-    """transformers' model of the same shape with the same weights."""
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=m.V, hidden_size=m.D, intermediate_size=m.F, num_hidden_layers=m.L,
-            num_attention_heads=m.N, num_key_value_heads=m.K, head_dim=m.H, hidden_act="silu",
-            rms_norm_eps=m.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": m.rope_base},
-            tie_word_embeddings=m.tie_embeddings, attention_bias=False, mlp_bias=False,
-            max_position_embeddings=64, attn_implementation="eager",
-        )
-    )  # fmt: skip
-    blocks = tree["blocks"]
-    state = {
-        "model.embed_tokens.weight": tree["embedding"],
-        "model.norm.weight": tree["norm"]["gain"],
-    }
-    state["lm_head.weight"] = tree["embedding"] if m.tie_embeddings else tree["head"].T
-    for layer in range(m.L):
-        prefix = f"model.layers.{layer}"
-        for (module, name), theirs in NAMES.items():
-            state[f"{prefix}.{theirs}.weight"] = blocks[module][name]["w"][layer].T
-        for ours, theirs in (
-            ("attention_norm", "input_layernorm"),
-            ("mlp_norm", "post_attention_layernorm"),
-        ):
-            gain = blocks[ours]["gain"][layer] if ours in blocks else jnp.ones(m.D)
-            state[f"{prefix}.{theirs}.weight"] = gain
-    llama.load_state_dict({name: torch.tensor(np.array(w)) for name, w in state.items()})
-    return llama
 
 
 def compare(

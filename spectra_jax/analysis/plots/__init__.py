@@ -1,7 +1,14 @@
-"""Every figure of the project."""
+"""Every figure of the project: each function returns a matplotlib Figure, and writes it where it is given a path."""
 
+from spectra_jax.analysis.plots.benchmarks import benchmark
 from spectra_jax.analysis.plots.curves import loss_curves, plot_runs
+from spectra_jax.analysis.plots.deployment import hardware, memory, speedup
+from spectra_jax.analysis.plots.dynamics import dynamics
+from spectra_jax.analysis.plots.laws import gaps, published_laws, scaling
 from spectra_jax.analysis.plots.models import bits_versus_loss, weight_histograms
 from spectra_jax.analysis.plots.style import FAMILIES, family_of
 
-__all__ = ["FAMILIES", "bits_versus_loss", "family_of", "loss_curves", "plot_runs", "weight_histograms"]
+__all__ = [
+    "FAMILIES", "benchmark", "bits_versus_loss", "dynamics", "family_of", "gaps", "hardware", "loss_curves", "memory",
+    "plot_runs", "published_laws", "scaling", "speedup", "weight_histograms",
+]

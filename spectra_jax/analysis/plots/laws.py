@@ -17,7 +17,7 @@ X_LABELS = {"parameters": "parameters", "linear": "parameters of the block matri
 EQUATIONS = {"offset": "{A:.3g} x^-{alpha:.3f} + {E:.2f}", "power": "{A:.3g} x^-{alpha:.3f}", "joint": ""}
 
 
-def scaling(fit: Fit, path: Path | str | None = None, *, extend: float = 1.0) -> Figure:
+def scaling(fit: Fit, path: Path | str | None = None, *, extend: float | int = 1.0) -> Figure:
     """The points of a fit, its curves with their 95 % bands, and the equations.
 
     Args:
@@ -27,7 +27,7 @@ def scaling(fit: Fit, path: Path | str | None = None, *, extend: float = 1.0) ->
       UserError: a joint law, which has no single curve.
     """
     if fit.law.form == "joint":
-        raise UserError("a joint law of size and tokens is no curve; draw it with law_of_tokens")
+        raise UserError("a joint law of size and tokens is no curve; tabulate it")
     groups = {name: family_in(name) for name in fit.law.constants}
     column = next(name for name in fit.points if set(fit.points[name]) == set(groups))
     y = next(name for name in ("loss", *fit.points) if name in fit.points)
@@ -50,8 +50,8 @@ def scaling(fit: Fit, path: Path | str | None = None, *, extend: float = 1.0) ->
         return save(figure, path)
 
 
-def curves_of_laws(
-    laws: Mapping[str, Law], path: Path | str | None = None, *, sizes: tuple[float, float] = (99e6, 400e9)
+def published_laws(
+    laws: Mapping[str, Law], path: Path | str | None = None, *, sizes: tuple[float | int, float | int] = (99e6, 400e9)
 ) -> Figure:
     """Published laws over a range of sizes, and below the loss of TriLM above FloatLM's in per cent."""
     with panels(2, 1, height=4.2, sharex=True, height_ratios=(1.4, 1)) as (figure, grid):
