@@ -21,6 +21,8 @@ from spectra_jax.train.workdir import read_config, read_fingerprint
 # What a sweep writes into the folder of a row: its quality, and the losses of the validation sequences, an array for
 # each set, in stored order.
 FINISHED, HELD_OUT = "finished.json", "held_out.npz"
+ARMS = {(True, True): "both", (False, True): "only decay removed", (True, False): "only peak lowered",
+        (False, False): "neither"}
 QUALITY = ("loss", "loss_se", "bits_per_byte", "bits_per_byte_se")
 
 
@@ -45,7 +47,7 @@ def table(runs: Sequence[str | Path]) -> pd.DataFrame:
 
     Columns: run (the folder's name), folder, name, family, weight, method and bits (of a QuantLM), seed; D, F, L, V,
     parameters, linear (those of block matrices), bits_per_weight, stored_bits, paper_bits; tokens, peak (learning
-    rate); loss, loss_se, bits_per_byte, bits_per_byte_se on held-out text (NaN where nothing was evaluated; of a run
+    rate), arm (of the schedule: "both" interventions, "only decay removed", "only peak lowered", "neither"); loss, loss_se, bits_per_byte, bits_per_byte_se on held-out text (NaN where nothing was evaluated; of a run
     that no sweep made, the last evaluation of training, whose errors it does not know); data and tokenizer (hashes),
     step, commit.
 
@@ -66,7 +68,8 @@ def _row(run: str) -> dict[str, Any]:
         "run": Path(run).name, "folder": str(folder), "name": config.name,
         **sizes(config, shapes(config, record)), "weight": m.weight, "method": q.method,
         "bits": q.bits if q.method != "none" else np.nan, "seed": config.seed, "D": m.D, "F": m.F, "L": m.L, "V": m.V,
-        "tokens": record["tokens"], "peak": config.schedule.peak, **_quality(folder, step, config.steps),
+        "tokens": record["tokens"], "peak": config.schedule.peak,
+        "arm": ARMS[config.schedule.lower_peak, config.schedule.remove_decay], **_quality(folder, step, config.steps),
         "data": read_fingerprint(folder), "step": step, "commit": record["git_commit"],
         "tokenizer": hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
     }
