@@ -181,6 +181,25 @@ def plot(args: argparse.Namespace) -> None:
     print(args.out)
 
 
+def analyze(args: argparse.Namespace) -> None:
+    from spectra_jax import config
+    from spectra_jax.analyze import analyze
+
+    names = ("form", "x", "method", "shared", "batches", "device", "context", "sequences", "task", "metric")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.config is not None:
+        options["config"] = config.load(args.config, args.overrides)
+    elif args.overrides:
+        raise UserError(f"--config.{args.overrides[0]} changes a config; name one with --config=FILE.py[:ARG]")
+    print(analyze(args.name, args.runs, args.out, options))
+
+
+def report(args: argparse.Namespace) -> None:
+    from spectra_jax.report import report
+
+    print(report(args.runs, args.out, title=args.title, dynamics=args.dynamics))
+
+
 def checkpoints(args: argparse.Namespace) -> None:
     from spectra_jax.verify import table
 
@@ -221,7 +240,7 @@ COMMANDS = {
     function.__name__.rstrip("_"): function
     for function in (
         train, sweep, quickstart, prepare, import_, quantize, evaluate, harness, compare, generate, pack, export, plot,
-        checkpoints, verify, plan, suite,
+        analyze, report, checkpoints, verify, plan, suite,
     )
 }
 

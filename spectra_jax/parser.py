@@ -220,7 +220,7 @@ def _using_models(add: Callable) -> None:
 
 
 def _looking_at_runs(add: Callable) -> None:
-    """compare, plot, checkpoints, verify, suite."""
+    """compare, plot, analyze, report, checkpoints, verify, plan, suite."""
     arg = add("compare", "Quality against size in bits of any runs, as one table and one picture.",
               "Example:\n  spectra compare runs/flt runs/flt-3bit runs/tri --sets data/web --out=bits.png")
     arg("checkpoints", nargs="+", metavar="WORKDIR[@STEP]", help="runs, by default the newest checkpoint of each")
@@ -235,6 +235,39 @@ def _looking_at_runs(add: Callable) -> None:
     arg("--out", default="loss.png", help=".png, .pdf or .svg (default %(default)s)")
     arg("--x", default="tokens", help="tokens or step (default %(default)s)")
     arg("--smooth", type=float, default=0.02, help="share of the curve to average over (default %(default)s)")
+
+    arg = add(
+        "analyze", "One of the paper's figures from runs, or from the published numbers where no run is named.",
+        "scaling     laws of loss against size        deployment  what fits where, how fast it decodes\n"
+        "bits        loss against bits                hardware    memory and bandwidth of accelerators over the years\n"
+        "suite       gaps, schedule, QuantLMs, laws   published   every table of the papers\n"
+        "weights     entropies, codes, scales         training    loss curves, where the time went\n"
+        "dynamics    weights and the loss around them, over the checkpoints of one run\n\n"
+        "Examples:\n  spectra analyze suite runs/mini --out=figures\n  spectra analyze scaling\n"
+        "  spectra analyze deployment --config=configs/trilm.py:3.9b --device=H100 --device=\"TPU v5e\"", True,
+    )
+    arg("name", help="the analysis, see below")
+    arg("runs", nargs="*", metavar="WORKDIR[@STEP]", help="runs, or the folders of sweeps")
+    arg("--out", default=None, metavar="DIR", help="folder for tables (.csv) and figures (.png)")
+    arg("--form", default=None, help="scaling, bits: offset, power or joint")
+    arg("--x", default=None, help="scaling, bits: parameters, linear, stored_bits, block_bits or paper_bits")
+    arg("--method", default=None, help="scaling: lm (least squares) or huber")
+    arg("--shared", default=None, nargs="+", help="scaling: constants that all families share: alpha, beta, E")
+    arg("--batches", type=int, default=None, help="dynamics: batches that gradients are taken on")
+    arg("--device", default=None, action="append", help="deployment: an accelerator; may be repeated")
+    arg("--context", type=int, default=None, help="deployment: tokens of a sequence that are cached")
+    arg("--sequences", type=int, default=None, help="deployment: sequences that are cached")
+    arg("--config", default=None, metavar="FILE.py[:ARG]", help="deployment: a model of your own")
+    arg("--task", default=None, help="published: a benchmark, such as lambada")
+    arg("--metric", default=None, help="published: its metric, such as acc")
+
+    arg = add("report", "Everything known of some runs in one HTML file.",
+              "Example:\n  spectra report runs/mini --out=mini.html")
+    arg("runs", nargs="+", metavar="WORKDIR[@STEP]", help="runs, or the folders of sweeps")
+    arg("--out", default="report.html", help="the file (default %(default)s)")
+    arg("--title", default="", help="its title (default: the names of the folders)")
+    arg("--dynamics", default="", metavar="WORKDIR", help="the run whose checkpoints are looked into (default: the "
+        "first quantized one that kept three or more)")
 
     run = {"metavar": "WORKDIR[@STEP]", "help": "folder of the run, by default with all its checkpoints"}
     arg = add("checkpoints", "List the checkpoints of a run: step, tokens, loss, size, whether their checksums hold.")

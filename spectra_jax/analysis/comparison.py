@@ -5,17 +5,18 @@ sequences, and has two sources of error: the text, known from the sequences, and
 trained with several. Where it was trained once, the seed's share is taken from the sizes with several.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from spectra_jax.analysis import runs
-from spectra_jax.analysis.scaling_laws import Fit, fit
+from spectra_jax.analysis.scaling_laws import Fit, comparable, fit
 from spectra_jax.errors import UserError
 
 PAIRS = (("TriLM", "FloatLM"), ("BiLM", "TriLM"), ("BitNet", "TriLM"))
+SIZES = 4  # at least, of a family that a law is fitted to
 SHAPE = ["D", "F", "L", "V", "tokens"]  # what two models of a gap have in common, beside the seed
 
 
@@ -27,10 +28,21 @@ def label(table: pd.DataFrame) -> pd.Series:
 
 
 def main_rows(table: pd.DataFrame) -> pd.DataFrame:
-    """The models at the largest token count of the suite with the schedule as published, labelled."""
+    """The models at the largest token count of the suite with the schedule as published, labelled.
+
+    Raises:
+      UserError: models of different data or tokenizers.
+    """
+    comparable(table)
     table = table.assign(label=label(table))
     whole = (table["tokens"] == table["tokens"].max()) & ((table["weight"] == "float") | (table["arm"] == "both"))
     return table[whole].reset_index(drop=True)
+
+
+def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """Labelled rows with one for each label and shape: the mean over its seeds."""
+    table = table.assign(label=table["label"] if "label" in table else label(table))
+    return table.groupby(["label", *SHAPE], as_index=False, sort=False).mean(numeric_only=True)
 
 
 def gaps(table: pd.DataFrame, pairs: Sequence[tuple[str, str]] = PAIRS) -> pd.DataFrame:
@@ -100,32 +112,35 @@ def arms(table: pd.DataFrame) -> pd.DataFrame:
 
 def quantized(table: pd.DataFrame) -> pd.DataFrame:
     """QuantLMs above the FloatLM that they were made of, at every size (as `gaps`)."""
-    widths = sorted(table["bits"].dropna().unique(), reverse=True)
-    return gaps(table, [(f"QuantLM {bits:.0f}-bit", "FloatLM") for bits in widths])
+    made = table.assign(label=label(table))[table["bits"].notna()].sort_values("bits", ascending=False)
+    return gaps(table, [(name, "FloatLM") for name in made["label"].unique()])
 
 
 def laws(table: pd.DataFrame, **options: object) -> dict[str, Fit]:
     """Fits of the families of a suite, those that have enough sizes: "size", "power", "bits" and "tokens".
 
     Raises:
-      UserError: as `scaling_laws.fit`.
+      UserError: no family with enough sizes, or as `scaling_laws.fit`.
     """
     rows, everything = main_rows(table), table.assign(label=label(table))
+    sizes = rows.groupby("label")["D"].transform("nunique")
+    if not (sizes[rows["bits"].isna()] >= SIZES).any():
+        raise UserError(f"no family was trained at {SIZES} sizes or more, which a law needs; there are at most "
+                        f"{sizes.max()}")
+    rows = rows[sizes >= SIZES]
     trained = rows[rows["bits"].isna()]
-    trained = trained[trained.groupby("label")["D"].transform("nunique") >= 4]
     budgets = everything[everything["label"].isin(["FloatLM", "TriLM"])]
     budgets = budgets[budgets.groupby("label")["tokens"].transform("nunique") >= 3]
     found = {
         "size": fit(trained, group="label", **options),
         "power": fit(trained, "power", group="label", **options),
-        "bits": fit(rows[rows.groupby("label")["D"].transform("nunique") >= 4], "power", x="stored_bits",
-                    group="label", **options),
+        "bits": fit(rows, "power", x="stored_bits", group="label", **options),
     }
     return found | ({"tokens": fit(budgets, "joint", group="label", **options)} if len(budgets) else {})
 
 
 def best_at(law: Fit, sizes: Sequence[float | int] | None = None) -> pd.DataFrame:
-    """Which group of a fit has the lowest loss at a size, among those whose points reach so far.
+    """Which group of a fit has the lowest loss at a size, where the points of two or more reach so far.
 
     Of laws of stored bits by width this is the question of k-bit scaling laws (arXiv 2212.09720): which width is best
     for so many bits in all.
@@ -140,9 +155,8 @@ def best_at(law: Fit, sizes: Sequence[float | int] | None = None) -> pd.DataFram
     rows = []
     for size in sizes:
         reached = [name for name, of in points.groupby(group) if of[law.x].min() <= size <= of[law.x].max()]
-        losses: Mapping[str, float] = {name: float(law.law(name, size)) for name in reached}
+        losses = {name: float(law.law(name, size)) for name in reached}
         order = sorted(losses, key=losses.__getitem__)
-        ahead = losses[order[1]] - losses[order[0]] if len(order) > 1 else np.nan
-        rows.append((size, order[0] if order else None, losses[order[0]] if order else np.nan,
-                     order[1] if len(order) > 1 else None, ahead))
+        if len(order) > 1:
+            rows.append((size, order[0], losses[order[0]], order[1], losses[order[1]] - losses[order[0]]))
     return pd.DataFrame(rows, columns=[law.x, "best", "loss", "next", "ahead_by"])

@@ -103,10 +103,12 @@ def marks(run: str | Path) -> dict[int, str]:
 
 
 def _points(run: str | Path, with_graph: bool = False) -> Iterator[Any]:
-    """The checkpoints of a run, earliest first, on the host."""
+    """The checkpoints that a run kept for good, or else all, earliest first, on the host."""
     checkpoints = Checkpoints(run)
-    steps = checkpoints.chosen(None)
+    steps, kept = checkpoints.chosen(None), set(read_config(run).permanent_steps)
     checkpoints.close()
+    if len(kept.intersection(steps)) > 1:  # those to resume from stand at other distances
+        steps = [step for step in steps if step in kept]
     if len(steps) < 2:
         raise UserError(f"{run} holds one checkpoint, of step {steps[0]}: what moves shows between two; train with "
                         "--config.checkpoint.permanent_tokens=N to keep one for every N tokens")

@@ -46,10 +46,11 @@ def table(runs: Sequence[str | Path]) -> pd.DataFrame:
     """One row for every run, by its newest checkpoint; folders of sweeps stand for their rows.
 
     Columns: run (the folder's name), folder, name, family, weight, method and bits (of a QuantLM), seed; D, F, L, V,
-    parameters, linear (those of block matrices), bits_per_weight, stored_bits, paper_bits; tokens, peak (learning
-    rate), arm (of the schedule: "both" interventions, "only decay removed", "only peak lowered", "neither"); loss, loss_se, bits_per_byte, bits_per_byte_se on held-out text (NaN where nothing was evaluated; of a run
-    that no sweep made, the last evaluation of training, whose errors it does not know); data and tokenizer (hashes),
-    step, commit.
+    parameters, linear (those of block matrices), bits_per_weight (of these), block_bits (of all of these), stored_bits,
+    paper_bits; tokens, peak (learning rate), arm (of the schedule: "both" interventions, "only decay removed", "only
+    peak lowered", "neither"); loss, loss_se, bits_per_byte, bits_per_byte_se on held-out text (NaN where nothing was
+    evaluated; of a run that no sweep made, the last evaluation of training, whose errors it does not know); data and
+    tokenizer (hashes), step, commit.
 
     Raises:
       UserError: no such run, or damaged files.
@@ -63,10 +64,10 @@ def _row(run: str) -> dict[str, Any]:
     step = checkpoints.chosen(step)[-1]
     record = record_of(checkpoints.path(step))
     checkpoints.close()
-    m, q = config.model, config.quantize
+    m, q, size = config.model, config.quantize, sizes(config, shapes(config, record))
     return {
         "run": Path(run).name, "folder": str(folder), "name": config.name,
-        **sizes(config, shapes(config, record)), "weight": m.weight, "method": q.method,
+        **size, "block_bits": size["linear"] * size["bits_per_weight"], "weight": m.weight, "method": q.method,
         "bits": q.bits if q.method != "none" else np.nan, "seed": config.seed, "D": m.D, "F": m.F, "L": m.L, "V": m.V,
         "tokens": record["tokens"], "peak": config.schedule.peak,
         "arm": ARMS[config.schedule.lower_peak, config.schedule.remove_decay], **_quality(folder, step, config.steps),
@@ -77,12 +78,36 @@ def _row(run: str) -> dict[str, Any]:
 
 def _quality(folder: Path, step: int, last: int) -> dict[str, float]:
     finished = folder / FINISHED
-    if finished.is_file() and (step == last or not (folder / metrics.FILE).is_file()):
+    if finished.is_file() and (step == last or not is_trained(folder)):
         found = json.loads(finished.read_text())
         return {name: found.get(name, np.nan) for name in QUALITY}
-    records = metrics.read(folder) if (folder / metrics.FILE).is_file() else []
+    records = metrics.read(folder) if is_trained(folder) else []
     evaluated = [r for r in records if r["kind"] == "eval" and r["step"] == step]
     return dict.fromkeys(QUALITY, np.nan) | {"loss": evaluated[-1]["loss"] if evaluated else np.nan}
+
+
+def is_trained(run: str | Path) -> bool:
+    """Whether it was trained here, and not made of another model."""
+    return (parse_checkpoint(str(run))[0] / metrics.FILE).is_file()
+
+
+def times(found: Sequence[str | Path]) -> pd.DataFrame:
+    """Where the wall time of training runs went, in seconds: one row for each, by its last record of kind "time".
+
+    Columns: run, goodput (a share), restarts, seconds (in all), and the names of `train/goodput.py`.
+
+    Raises:
+      UserError: a run without metrics.
+    """
+    rows = []
+    for run in found:
+        folder, _ = parse_checkpoint(str(run))
+        records = [record for record in metrics.read(folder) if record["kind"] == "time"]
+        if records:
+            spent = {key.removeprefix("seconds/"): value for key, value in records[-1].items() if "seconds/" in key}
+            rows.append({"run": folder.name, "goodput": records[-1]["goodput"], "restarts": records[-1]["restarts"],
+                         "seconds": sum(spent.values()), **spent})
+    return pd.DataFrame(rows)
 
 
 def losses(run: str | Path) -> dict[str, Float[np.ndarray, "_"]]:

@@ -118,6 +118,8 @@ def fit(
         or tokenizers; models of different token counts where the form has no tokens.
     """
     names = FORMS[one_of(form, FORMS, "form")]
+    if points.empty:
+        raise UserError("there are no models to fit a law to")
     solve = {"lm": _least_squares, "huber": _huber}[one_of(method, ("lm", "huber"), "method")]
     for name in shared:
         one_of(name, [c for c in names if c in SHAREABLE], "shared constant")
@@ -154,13 +156,19 @@ def _checked(points: pd.DataFrame, form: str, x: str, y: str, group: str) -> pd.
         if points[column].isna().any():
             raise UserError(f"{column!r} is missing for {', '.join(map(str, label[points[column].isna()]))}; finish or "
                             "evaluate these models, or leave them out")
-    for column in ("data", "tokenizer") + (() if form == "joint" else ("tokens",)):
+    comparable(points, ("data", "tokenizer") + (() if form == "joint" else ("tokens",)))
+    return points.reset_index(drop=True)
+
+
+def comparable(points: pd.DataFrame, columns: Sequence[str] = ("data", "tokenizer")) -> None:
+    """Raises UserError, naming the models, where the losses of a table are on no common scale."""
+    label = points["run"] if "run" in points else points["family"]
+    for column in columns:
         if column in points and points[column].nunique(dropna=False) > 1:
             kinds = "; ".join(f"{str(value)[:12]}: {', '.join(map(str, label[points[column] == value]))}"
                               for value in points[column].unique())
             remedy = "fit form='joint', or the models of one" if column == "tokens" else "fit those of one"
             raise UserError(f"losses of models of different {column} are on no common scale here ({kinds}); {remedy}")
-    return points.reset_index(drop=True)
 
 
 @dataclass(frozen=True)
@@ -266,7 +274,7 @@ def _least_squares(design: _Design, y: Float[np.ndarray, "n"], starts: Sequence[
         with np.errstate(over="ignore"):
             return np.clip(design.jacobian(theta), -1e150, 1e150)
 
-    found = [least_squares(residual, start, jacobian, method="lm", max_nfev=2000) for start in starts]
+    found = [least_squares(residual, start, jacobian, method="lm", max_nfev=200) for start in starts]
     best = min(found, key=lambda one: one.cost)
     spread = float(np.sqrt(2 * best.cost / (y.size - design.size)))
     return best.x, spread, _covariance(design, best.x, 1.0, spread)

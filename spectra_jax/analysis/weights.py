@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from spectra_jax.analysis.runs import expand
+from spectra_jax.analysis.comparison import label
+from spectra_jax.analysis.runs import table as table_of_runs
 from spectra_jax.checkpoint import Checkpoints
 from spectra_jax.model.matrices import Key
 from spectra_jax.model.parameters import block_matrices, freeze
@@ -71,15 +72,18 @@ def series(run: str | Path, **options: Any) -> pd.DataFrame:
 def entropies(runs: Sequence[str | Path], *, bins: Sequence[int] = BINS) -> pd.DataFrame:
     """One row for every run: entropies as in `table`, in the mean over its matrices by their weights.
 
-    Columns: run, parameters of block matrices ("linear"), std, differential_entropy, entropy_N.
+    Columns: run, label (as in `comparison`), linear (parameters of block matrices), std, differential_entropy,
+    entropy_N.
     """
-    rows = []
-    for run in expand(runs):
-        found = table(run, bins=bins)
+    found, rows = table_of_runs(runs), []
+    for run, name in zip(found["folder"], label(found)):
+        statistics = table(run, bins=bins)
         named = ["differential_entropy", *(f"entropy_{n}" for n in bins)]
-        mean = {name: float(np.average(found[name], weights=found["weights"])) for name in named}
-        spread = float(np.sqrt(np.average(found["std"] ** 2, weights=found["weights"])))
-        rows.append({"run": Path(run).name, "linear": int(found["weights"].sum()), "std": spread, **mean})
+        mean = {key: float(np.average(statistics[key], weights=statistics["weights"])) for key in named}
+        spread = float(np.sqrt(np.average(statistics["std"] ** 2, weights=statistics["weights"])))
+        rows.append({
+            "run": Path(run).name, "label": name, "linear": int(statistics["weights"].sum()), "std": spread, **mean,
+        })
     return pd.DataFrame(rows)
 
 

@@ -158,6 +158,7 @@ def test_stored_bits_as_the_size():
         (lambda t: t, {"method": "lbfgs"}, "method='lbfgs' is not one of lm, huber"),
         (lambda t: t, {"form": "power", "shared": ["E"]}, "shared constant='E' is not one of alpha"),
         (lambda t: t, {"x": "bits"}, "no column 'bits' to fit"),
+        (lambda t: t[:0], {}, "there are no models to fit a law to"),
     ],
 )
 def test_refusals(change, options, message):

@@ -72,7 +72,7 @@ def loss_curves(
 
 def plot_runs(
     workdirs: Sequence[Path | str],
-    out: Path | str,
+    out: Path | str | None = None,
     *,
     x: str = "tokens",
     smooth: float | int = 0.02,

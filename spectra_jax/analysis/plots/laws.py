@@ -12,8 +12,10 @@ from spectra_jax.analysis.plots.style import log_ticks, looks, panels, save
 from spectra_jax.analysis.scaling_laws import Fit, Law
 from spectra_jax.errors import UserError
 
-X_LABELS = {"parameters": "parameters", "linear": "parameters of the block matrices", "stored_bits": "stored bits",
-            "paper_bits": "bits, as the paper counts", "tokens": "training tokens"}
+X_LABELS = {
+    "parameters": "parameters", "linear": "parameters of the block matrices", "stored_bits": "stored bits",
+    "block_bits": "stored bits of the block matrices", "paper_bits": "bits, as the paper counts",
+}
 EQUATIONS = {"offset": "{A:.3g} x^-{alpha:.3f} + {E:.2f}", "power": "{A:.3g} x^-{alpha:.3f}", "joint": ""}
 
 
@@ -21,7 +23,7 @@ def scaling(fit: Fit, path: Path | str | None = None, *, extend: float | int = 1
     """The points of a fit, its curves with their 95 % bands, and the equations.
 
     Args:
-      extend: how many times as far as the largest point the curves go.
+      extend: how many times as far as its largest point a group's curve goes.
 
     Raises:
       UserError: a joint law, which has no single curve.
@@ -32,19 +34,20 @@ def scaling(fit: Fit, path: Path | str | None = None, *, extend: float | int = 1
     column = next(name for name in fit.points if set(fit.points[name]) == set(groups))
     y = next(name for name in ("loss", *fit.points) if name in fit.points)
     with panels(height=2.9) as (figure, axes):
-        sizes = fit.points[fit.x]
-        xs = np.geomspace(sizes.min() / 1.2, sizes.max() * 1.2 * extend, 100)
+        sizes, lowest = fit.points[fit.x], np.inf
         for (name, c), look in zip(fit.law.constants.items(), looks(groups), strict=True):
             of = fit.points[fit.points[column] == name]
+            xs = np.geomspace(of[fit.x].min() / 1.1, of[fit.x].max() * 1.1 * extend, 100)
+            lowest = min(lowest, fit.law(name, xs[-1]))
             if fit.samples:
                 axes.fill_between(xs, *fit.band(name, xs), color=look["color"], alpha=0.15, linewidth=0)
             axes.plot(xs, fit.law(name, xs), color=look["color"], linestyle=look["linestyle"], linewidth=1.0)
             axes.plot(of[fit.x], of[y], color=look["color"], marker=look["marker"], linestyle="",
                       label=f"{name}: {EQUATIONS[fit.law.form].format(**c)}")
         axes.set_xscale("log")
-        log_ticks(axes.xaxis, xs[-1] / xs[0])
+        log_ticks(axes.xaxis, sizes.max() / sizes.min() * extend)
         low, high = fit.points[y].min(), fit.points[y].max()
-        axes.set_ylim(min(low - 0.12 * (high - low), min(fit.law(name, xs[-1]) for name in groups)), None)
+        axes.set_ylim(min(low, lowest) - 0.1 * (high - low), None)
         axes.set(xlabel=X_LABELS.get(fit.x, fit.x), ylabel="loss (nats per token)", title="Loss against size")
         axes.legend(loc="upper right")
         return save(figure, path)

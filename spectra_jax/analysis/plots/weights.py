@@ -5,21 +5,29 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from spectra_jax.analysis.plots.style import RUNS, log_ticks, panels, save
+from spectra_jax.analysis.plots.style import RUNS, family_of, log_ticks, looks, panels, save
 
 
 def entropies(table: pd.DataFrame, path: Path | str | None = None) -> Figure:
-    """Differential entropy, and Shannon entropies by number of bins, of the models in `analysis.weights.entropies`."""
-    table = table.sort_values("linear")
-    with panels(2, 1, height=4.2, sharex=True) as (figure, grid):
+    """Differential entropy of every family, and Shannon entropies by number of bins of one (FloatLM, if it is there).
+
+    table: `analysis.weights.entropies`; models of one label and size (seeds) are drawn as their mean.
+    """
+    table = table.groupby(["label", "linear"], as_index=False, sort=True).mean(numeric_only=True)
+    labels = {name: family_of(name) for name in table["label"].unique()}
+    shown = next((name for name in ("FloatLM", *labels) if name in labels))
+    with panels(2, 1, height=4.4, sharex=True) as (figure, grid):
         top, below = grid[:, 0]
-        top.plot(table["linear"], table["differential_entropy"], color="#222222", marker="o", linestyle="-")
-        top.set(ylabel="differential entropy (bits)", title="Entropy of weights")
-        binned = [name for name in table if name.startswith("entropy_")]
-        for name, (color, marker) in zip(binned, RUNS):
-            below.plot(table["linear"], table[name], color=color, marker=marker, label=f"{name[8:]} bins")
-        below.set(xlabel="parameters of the block matrices", ylabel="Shannon entropy (bits)")
+        for name, look in zip(labels, looks(labels)):
+            of = table[table["label"] == name]
+            top.plot(of["linear"], of["differential_entropy"], label=name, **look)
+        top.set(ylabel="differential\nentropy (bits)", title="Entropy of weights")
+        of = table[table["label"] == shown]
+        for name, (color, marker) in zip((name for name in table if name.startswith("entropy_")), RUNS):
+            below.plot(of["linear"], of[name], color=color, marker=marker, label=f"{name[8:]} bins")
+        below.set(xlabel="parameters of the block matrices", ylabel=f"Shannon entropy (bits),\n{shown}")
         below.set_xscale("log")
         log_ticks(below.xaxis, table["linear"].max() / table["linear"].min())
-        below.legend(loc="best")
+        for axes in (top, below):
+            axes.legend(loc="best", fontsize=6)
         return save(figure, path)
