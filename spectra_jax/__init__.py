@@ -1,8 +1,33 @@
 """Language models whose bit-width is a value of their config.
 
+    spectra_jax.prepare(["texts/*.jsonl"], "data/web", tokenizer="train:8192", context=256)
+    curve = spectra_jax.train("configs/quickstart.py:TriLM", "runs/tri", {"data.sets": "data/web", "model.V": 8192})
+    spectra_jax.quantize("runs/flt", "configs/quantlm.py:4bit", "runs/flt-4bit")
+    table = spectra_jax.evaluate(["runs/tri", "runs/flt-4bit"])
     model = spectra_jax.load("runs/tri")
     model.generate(["The people of"], max_new_tokens=32)
+    spectra_jax.plan("configs/trilm.py:3.9b", ["v5p-128", "h100:8"])
+    spectra_jax.analysis.runs.table(["runs/tri"])
+
+All are functions of api.py but `load`, below, and `analysis`.
 """
+
+from importlib import import_module
+from types import ModuleType
+
+CALLABLE = ("analysis", "evaluate", "plan", "prepare", "quantize", "train")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Packages at their first use; those named after a verb can be called (callable.py)."""
+    if name in CALLABLE:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has load, {', '.join(CALLABLE)}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *CALLABLE])
+
 
 
 def load(

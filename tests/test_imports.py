@@ -20,6 +20,7 @@ RUN = STEP | {
 }
 ALLOWED = {
     "errors": set(),
+    "callable": set(),
     "hardware": {"errors"},
     "progress": {"errors"},
     "parser": {"errors"},
@@ -40,10 +41,10 @@ ALLOWED = {
     "stored": {"errors", "checksum", "distributed", "record"},
     "checkpoint": {"errors", "progress", "schema", "distributed", "record", "retention", "stored"},
     "train.loss": {"sharding"},
-    "train": MODEL | {"train.loss"},
+    "train": MODEL | {"callable", "train.loss"},
     "train.guard": {"errors"},
     "train.workdir": BASE | {"data"},
-    "evaluate": MODEL | {"data", "train.loss"},
+    "evaluate": MODEL | {"callable", "data", "train.loss"},
     "train.loop": RUN,
     "serve": MODEL | {"data", "checksum", "stored", "checkpoint", "train.workdir"},
     "serve.pack": MODEL | {"stored", "made", "serve", "train.workdir"},
@@ -54,20 +55,27 @@ ALLOWED = {
     "evaluate.harness": {"errors", "evaluate", "evaluate.adapter", "serve"},
     "evaluate.report": MODEL | {"data", "evaluate", "evaluate.windows", "evaluate.tasks", "serve"},
     "made": BASE | {"checkpoint", "train.workdir", "weights"},
-    "quantize": MODEL | {"data", "made", "checksum", "record", "stored", "train.workdir", "serve"},
+    "quantize": MODEL | {"callable", "data", "made", "checksum", "record", "stored", "train.workdir", "serve"},
     "interop": MODEL | {"data", "record", "stored", "made", "serve"},
-    "analysis": MODEL | {"checkpoint", "metrics", "serve"},
+    "analysis.plots.style": {"errors"},
+    "analysis.plots": {"errors", "metrics", "analysis.plots.style", "analysis.scaling_laws", "analysis.accelerators"},
+    "analysis.accelerators": {"errors"},
+    "analysis.scaling_laws": {"errors"},
+    "analysis": MODEL | {
+        "analysis.plots", "analysis.accelerators", "analysis.scaling_laws", "checkpoint", "data", "evaluate", "metrics",
+        "record", "serve", "stored", "train", "train.workdir",
+    },
     "verify": BASE | {"metrics", "record", "stored", "checkpoint"},
-    "plan": STEP | {"stored"},
+    "plan": STEP | {"callable", "stored"},
 }
 # Modules that exist for `python -m spectra_jax.COMMAND`: they hand over to the command line.
 ENTRIES = {
     "checkpoints", "prepare", "import", "export", "plot", "generate", "harness", "train.__main__", "evaluate.__main__",
     "quantize.__main__",
 }
-ALLOWED |= dict.fromkeys(ENTRIES, {"cli"})
+ALLOWED |= dict.fromkeys(ENTRIES, {"cli", "callable"})
 # The command line, and commands that compose all the rest.
-COMMANDS = {"cli", "quickstart", "sweep", "compare"}
+COMMANDS = {"api", "cli", "quickstart", "sweep", "compare", "analyze", "report"}
 ALLOWED |= dict.fromkeys(COMMANDS, set(ALLOWED) - ENTRIES | COMMANDS)
 
 # Package -> the layers that may import it; every other import of it is refused.
@@ -79,7 +87,7 @@ OWNERS = {
     "array_record": {"data"},
     "tensorflow_datasets": {"data"},
     "pallas_kernels": {"weights"},
-    "matplotlib": {"analysis"},
+    "matplotlib": {"analysis", "analysis.plots", "analysis.plots.style"},
     "tensorflow": set(),
     "clu": set(),
     "jax._src": set(),

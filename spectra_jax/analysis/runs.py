@@ -13,7 +13,7 @@ from jaxtyping import Float
 from spectra_jax import metrics
 from spectra_jax.analysis.sizes import shapes, sizes
 from spectra_jax.checkpoint import Checkpoints
-from spectra_jax.errors import UserError
+from spectra_jax.errors import UserError, one_of
 from spectra_jax.evaluate.perplexity import standard_error
 from spectra_jax.stored import parse_checkpoint, record_of
 from spectra_jax.train.workdir import read_config, read_fingerprint
@@ -89,6 +89,17 @@ def _quality(folder: Path, step: int, last: int) -> dict[str, float]:
 def is_trained(run: str | Path) -> bool:
     """Whether it was trained here, and not made of another model."""
     return (parse_checkpoint(str(run))[0] / metrics.FILE).is_file()
+
+
+def records(run: str | Path, kind: str = "train") -> pd.DataFrame:
+    """The records of one kind (train, eval, weights, event, time) that a run wrote down, one row each.
+
+    Raises:
+      UserError: no such kind, a run without metrics, or a damaged file.
+    """
+    one_of(kind, metrics.KINDS, "kind")
+    found = [record for record in metrics.read(parse_checkpoint(str(run))[0]) if record["kind"] == kind]
+    return pd.DataFrame(found).drop(columns="kind", errors="ignore")
 
 
 def times(found: Sequence[str | Path]) -> pd.DataFrame:
