@@ -13,20 +13,24 @@ All are functions of api.py but `load`, below, and `analysis`.
 """
 
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
-CALLABLE = ("analysis", "evaluate", "plan", "prepare", "quantize", "train")
+PACKAGES = ("analysis", "evaluate", "plan", "prepare", "quantize", "train")
+FUNCTIONS = ("import_model",)
 
 
-def __getattr__(name: str) -> ModuleType:
-    """Packages at their first use; those named after a verb can be called (callable.py)."""
-    if name in CALLABLE:
+def __getattr__(name: str) -> Any:
+    """What api.py has, at its first use; packages that are named after a verb can be called (callable.py)."""
+    if name in PACKAGES:
         return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has load, {', '.join(CALLABLE)}")
+    if name in FUNCTIONS:
+        return getattr(import_module(f"{__name__}.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has load, "
+                         + ", ".join([*PACKAGES, *FUNCTIONS]))
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *CALLABLE])
+    return sorted([*globals(), *PACKAGES, *FUNCTIONS])
 
 
 

@@ -19,6 +19,7 @@ from spectra_jax.evaluate.perplexity import Quality, short_names
 from spectra_jax.evaluate.report import evaluate_sets
 from spectra_jax.evaluate.tasks import evaluate_tasks, read_items
 from spectra_jax.evaluate.windows import evaluate_texts
+from spectra_jax.interop import importing
 from spectra_jax.plan import table as plans
 from spectra_jax.quantize import pipeline
 from spectra_jax.schema import Config
@@ -72,6 +73,18 @@ def train(
     """
     loop.train(config_of(config, overrides), workdir, accept_changes=accept_changes)
     return runs.records(workdir, "train")
+
+
+def import_model(model: str | Path, out: str | Path, **options: Any) -> Path:
+    """Makes the run `out` of a Llama-shaped model: a Hugging Face folder or a .gguf file; where it is.
+
+    Args:
+      options: those of `spectra_jax.interop.importing.import_model`.
+
+    Raises:
+      UserError: as that function.
+    """
+    return importing.import_model(model, out, **options)
 
 
 def quantize(

@@ -1,4 +1,4 @@
-"""The progress line: one line that says how training goes, redrawn on a terminal, one per interval in a file."""
+"""The progress line: one line that says how training goes, redrawn on a terminal and in a notebook, else repeated."""
 
 import io
 import os
@@ -55,13 +55,14 @@ class _Nowhere(io.TextIOBase):
 
 
 class ProgressLine:
-    """One line that says how training goes: redrawn in place on a terminal, else one per update."""
+    """One line that says how training goes: redrawn in place on a terminal and in a notebook, else one per update."""
 
     def __init__(self, total_steps: int, stream: io.TextIOBase | None = None, *, enabled: bool = True):
         """`enabled`: False on every process but the first, where each call then does nothing."""
         self._total = total_steps
         self._stream = (stream or sys.stderr) if enabled else _Nowhere()
-        self._live = self._stream.isatty()
+        notebook = "ipykernel" in sys.modules and stream is None  # there "\r" works as on a terminal
+        self._live = enabled and (notebook or self._stream.isatty())
         self._shown = ""  # what stands on the terminal's current line
 
     def update(

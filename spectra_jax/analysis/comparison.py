@@ -117,7 +117,10 @@ def quantized(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def laws(table: pd.DataFrame, **options: object) -> dict[str, Fit]:
-    """Fits of the families of a suite, those that have enough sizes: "size", "power", "bits" and "tokens".
+    """Fits of the families of a suite, those that have enough sizes.
+
+    "size" and "power" of the trained families against parameters; "bits" and "block_bits" of all labels against the
+    bits of whole models and of their block matrices; "tokens" of size and tokens, where there are three budgets.
 
     Raises:
       UserError: no family with enough sizes, or as `scaling_laws.fit`.
@@ -134,7 +137,8 @@ def laws(table: pd.DataFrame, **options: object) -> dict[str, Fit]:
     found = {
         "size": fit(trained, group="label", **options),
         "power": fit(trained, "power", group="label", **options),
-        "bits": fit(rows, "power", x="stored_bits", group="label", **options),
+        "bits": fit(rows, x="stored_bits", group="label", **options),
+        "block_bits": fit(rows, x="block_bits", group="label", **options),
     }
     return found | ({"tokens": fit(budgets, "joint", group="label", **options)} if len(budgets) else {})
 

@@ -58,7 +58,7 @@ def scaling(
     return section
 
 
-def bits(folders: Sequence[str], *, x: str = "stored_bits", form: str = "power") -> Section:
+def bits(folders: Sequence[str], *, x: str = "stored_bits", form: str = "offset") -> Section:
     """Loss against bits, and which width is best for so many of them; without runs, the paper's benchmarks."""
     if not folders:
         return Section("Published benchmarks against bits", tables={"bits": published.table("bits")},
@@ -98,9 +98,10 @@ def suite(folders: Sequence[str]) -> Section:
 def _laws(section: Section, table: pd.DataFrame) -> pd.DataFrame:
     found = comparison.laws(table)
     for name, law in found.items():
-        if name in ("size", "bits"):
+        if name in ("size", "bits", "block_bits"):
             section.figures[f"law_of_{name}"] = plots.scaling(law)
-    section.tables["best_for_bits"] = comparison.best_at(found["bits"])
+        if name in ("bits", "block_bits"):
+            section.tables[f"best_for_{name}"] = comparison.best_at(law)
     return _constants(found)
 
 

@@ -42,7 +42,7 @@ def test_a_suite_of_ones_own(suite, tmp_path):
     assert list(pd.read_csv(tmp_path / "arms.csv")["pair"]) == ["TriLM neither - TriLM"]
     assert list(pd.read_csv(tmp_path / "quantized.csv")["D"]) == [16, 32, 48, 64]
     laws = pd.read_csv(tmp_path / "laws.csv")
-    assert set(laws["law"]) == {"size", "power", "bits"} and {"FloatLM", "TriLM"} <= set(laws["group"])
+    assert set(laws["law"]) == {"size", "power", "bits", "block_bits"} and {"FloatLM", "TriLM"} <= set(laws["group"])
     assert {"gaps.png", "quantized.png", "bits_versus_loss.png", "law_of_size.png", "law_of_bits.png"} <= {
         path.name for path in tmp_path.iterdir()
     }

@@ -123,14 +123,14 @@ def known() -> pd.DataFrame:
                 if tokens == 1e6 or bits != bits:
                     rows.append(COLUMNS | {
                         "family": family, "weight": weight, "arm": arm, "bits": bits, "D": D, "tokens": tokens,
-                        "parameters": n, "stored_bits": width * n, "loss": float(law("x", n, tokens)) + worse,
+                        "parameters": n, "stored_bits": width * n, "block_bits": width * n, "loss": float(law("x", n, tokens)) + worse,
                     })
     return pd.DataFrame(rows)
 
 
 def test_laws_of_a_suite(known):
     found = comparison.laws(known, resamples=0)
-    assert set(found) == {"size", "power", "bits", "tokens"}
+    assert set(found) == {"size", "power", "bits", "block_bits", "tokens"}
     for family in ("FloatLM", "TriLM"):
         joint = found["tokens"].law.constants[family]
         assert joint["alpha"] == pytest.approx(0.4, rel=1e-3) and joint["beta"] == pytest.approx(0.5, rel=1e-3)
@@ -138,7 +138,7 @@ def test_laws_of_a_suite(known):
         assert found["size"].law.constants[family]["alpha"] == pytest.approx(0.4, rel=1e-3)
     assert set(found["bits"].law.constants) == {"FloatLM", "TriLM", "QuantLM 4-bit", "QuantLM 3-bit"}
     no_budgets = comparison.laws(known[known["tokens"] == 1e6], resamples=0)
-    assert set(no_budgets) == {"size", "power", "bits"}
+    assert set(no_budgets) == {"size", "power", "bits", "block_bits"}
 
 
 def test_the_best_width(known):

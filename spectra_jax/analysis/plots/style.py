@@ -5,6 +5,7 @@ display is needed. Every function that draws returns the Figure, and writes it w
 .svg).
 """
 
+import io
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -53,6 +54,7 @@ STYLE = {
     "pdf.fonttype": 42,
 }
 WIDTH, HEIGHT, DPI = 3.5, 2.6, 300  # inches, inches, dots per inch
+SCREEN = 130  # dots per inch in a notebook
 
 
 def family_of(name: str) -> str:
@@ -73,6 +75,15 @@ def looks(families: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 
+class Picture(Figure):
+    """A Figure that a notebook shows where a cell ends with it, without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        data = io.BytesIO()
+        self.savefig(data, format="png", dpi=SCREEN)
+        return data.getvalue()
+
+
 @contextmanager
 def panels(
     rows: int = 1, columns: int = 1, *, width: float = WIDTH, height: float = HEIGHT, **options: Any
@@ -83,7 +94,7 @@ def panels(
       width, height: in inches. options: those of `Figure.subplots`.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+        figure = Picture(figsize=(width, height), dpi=DPI, layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False, **options)
         yield figure, axes if axes.size > 1 else axes[0, 0]
 
