@@ -82,7 +82,7 @@ def suite(folders: Sequence[str]) -> Section:
     _add(section, "gaps", lambda: comparison.gaps(table))
     if "gaps" in section.tables:
         section.tables["gap_trend"] = comparison.trend(section.tables["gaps"])
-        section.figures["gaps"] = plots.gaps(section.tables["gaps"])
+        section.figures["gaps"] = plots.gaps(section.tables["gaps"].query("tokens == tokens.max()"))
     _add(section, "arms", lambda: comparison.arms(table))
     if table["bits"].notna().any():
         _add(section, "quantized", lambda: comparison.quantized(table))
@@ -148,8 +148,7 @@ def hardware(folders: Sequence[str] = ()) -> Section:
 
 def statistics(folders: Sequence[str]) -> Section:
     """Weights: entropies of the runs, and every matrix of the largest quantized one."""
-    table = runs.table(_some(folders))
-    first = table.assign(label=comparison.label(table)).drop_duplicates(["label", *comparison.SHAPE])
+    first = comparison.main_rows(runs.table(_some(folders))).drop_duplicates(["label", *comparison.SHAPE])
     largest = first.sort_values(["bits_per_weight", "parameters"], ascending=[True, False])
     largest = (largest[largest["weight"] != "float"] if (largest["weight"] != "float").any() else largest).iloc[0]
     found = weights.entropies(list(first["folder"]))

@@ -123,7 +123,8 @@ def known() -> pd.DataFrame:
                 if tokens == 1e6 or bits != bits:
                     rows.append(COLUMNS | {
                         "family": family, "weight": weight, "arm": arm, "bits": bits, "D": D, "tokens": tokens,
-                        "parameters": n, "stored_bits": width * n, "block_bits": width * n, "loss": float(law("x", n, tokens)) + worse,
+                        "parameters": n, "stored_bits": width * n, "block_bits": width * n,
+                        "loss": float(law("x", n, tokens)) + worse,
                     })
     return pd.DataFrame(rows)
 

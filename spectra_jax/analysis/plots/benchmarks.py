@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from spectra_jax.analysis.plots.style import family_of, log_ticks, looks, panels, save
+from spectra_jax.analysis.plots.style import family_of, legend, log_ticks, looks, panels, save
 from spectra_jax.errors import UserError
 
 LABELS = {"parameters": "parameters", "paper_bits": "bits of the model, as the paper counts"}
@@ -28,14 +28,13 @@ def benchmark(
     if chosen.empty:
         known = sorted({f"{t} {m}" for t, m in zip(table["task"], table["metric"])})
         raise UserError(f"nothing is published of {task} {metric}; there is {', '.join(known)}")
-    with panels(2, 1, height=4.6) as (figure, grid):
+    with panels(2, 1, height=5.0) as (figure, grid):
         families = {name: family_of(name) for name in chosen["family"].unique()}
         for axes, x in zip(grid[:, 0], LABELS):
             points = chosen.dropna(subset=[x])
             for family, look in zip(families, looks(families)):
                 of = points[points["family"] == family].sort_values(x)
-                axes.plot(of[x], of["value"], label=family, linewidth=0.8, markersize=3.5,
-                          **{key: value for key, value in look.items()})
+                axes.plot(of[x], of["value"], label=family, linewidth=0.8, markersize=3.5, **look)
             for model in () if own is None else own.itertuples():
                 axes.plot(getattr(model, x), model.value, color="black", marker="*", markersize=9, linestyle="")
                 axes.annotate(model.model, (getattr(model, x), model.value), xytext=(4, 4), fontsize=6.5,
@@ -46,5 +45,5 @@ def benchmark(
                 axes.set_yscale("log")
             axes.set(xlabel=LABELS[x], ylabel=f"{task} {metric}")
         grid[0, 0].set_title(f"{task} {metric}: published models" + ("" if own is None else " and one's own (stars)"))
-        grid[0, 0].legend(loc="best", fontsize=6, ncols=2)
+        legend(figure, grid[0, 0])
         return save(figure, path)

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from spectra_jax.analysis.plots.style import family_of as family_in
-from spectra_jax.analysis.plots.style import log_ticks, looks, panels, save
+from spectra_jax.analysis.plots.style import legend, log_ticks, looks, panels, save
 from spectra_jax.analysis.scaling_laws import Fit, Law
 from spectra_jax.errors import UserError
 
@@ -20,7 +20,7 @@ EQUATIONS = {"offset": "{A:.3g} x^-{alpha:.3f} + {E:.2f}", "power": "{A:.3g} x^-
 
 
 def scaling(fit: Fit, path: Path | str | None = None, *, extend: float | int = 1.0) -> Figure:
-    """The points of a fit, its curves with their 95 % bands, and the equations.
+    """The points of a fit, its curves with their 95 % bands, and of up to three groups the equations.
 
     Args:
       extend: how many times as far as its largest point a group's curve goes.
@@ -33,7 +33,7 @@ def scaling(fit: Fit, path: Path | str | None = None, *, extend: float | int = 1
     groups = {name: family_in(name) for name in fit.law.constants}
     column = next(name for name in fit.points if set(fit.points[name]) == set(groups))
     y = next(name for name in ("loss", *fit.points) if name in fit.points)
-    with panels(height=2.9) as (figure, axes):
+    with panels(height=2.7 + (0.1 * len(groups) if len(groups) > 3 else 0)) as (figure, axes):
         sizes, lowest = fit.points[fit.x], np.inf
         for (name, c), look in zip(fit.law.constants.items(), looks(groups), strict=True):
             of = fit.points[fit.points[column] == name]
@@ -41,15 +41,16 @@ def scaling(fit: Fit, path: Path | str | None = None, *, extend: float | int = 1
             lowest = min(lowest, fit.law(name, xs[-1]))
             if fit.samples:
                 axes.fill_between(xs, *fit.band(name, xs), color=look["color"], alpha=0.15, linewidth=0)
-            axes.plot(xs, fit.law(name, xs), color=look["color"], linestyle=look["linestyle"], linewidth=1.0)
-            axes.plot(of[fit.x], of[y], color=look["color"], marker=look["marker"], linestyle="",
-                      label=f"{name}: {EQUATIONS[fit.law.form].format(**c)}")
+            text = f"{name}: {EQUATIONS[fit.law.form].format(**c)}" if len(groups) <= 3 else name
+            # No markers on the curve itself, but the legend shows one: it signs the curve too.
+            axes.plot(xs, fit.law(name, xs), markevery=[], linewidth=1.0, label=text, **look)
+            axes.plot(of[fit.x], of[y], **look | {"linestyle": ""})
         axes.set_xscale("log")
         log_ticks(axes.xaxis, sizes.max() / sizes.min() * extend)
         low, high = fit.points[y].min(), fit.points[y].max()
         axes.set_ylim(min(low, lowest) - 0.1 * (high - low), None)
         axes.set(xlabel=X_LABELS.get(fit.x, fit.x), ylabel="loss (nats per token)", title="Loss against size")
-        axes.legend(loc="upper right")
+        legend(figure, axes, loc="upper right")
         return save(figure, path)
 
 
@@ -83,11 +84,11 @@ def gaps(table: pd.DataFrame, path: Path | str | None = None, *, x: str = "param
         pairs = {pair: family_in(pair) for pair in table["pair"].unique()}
         for pair, look in zip(pairs, looks(pairs)):
             of = table[table["pair"] == pair].sort_values(x)
-            axes.errorbar(of[x], of["gap"], yerr=2 * of["error"].fillna(0.0), label=pair, capsize=2, linewidth=0.9, **{
-                key: value for key, value in look.items()})
+            axes.errorbar(of[x], of["gap"], yerr=2 * of["error"].fillna(0.0), label=pair, capsize=2, linewidth=0.9,
+                          **look)
         axes.axhline(0.0, color="#777777", linewidth=0.8)
         axes.set_xscale("log")
         log_ticks(axes.xaxis, table[x].max() / table[x].min())
         axes.set(xlabel=X_LABELS.get(x, x), ylabel="nats per token", title="Gaps (bars: 2 standard errors)")
-        axes.legend(loc="best")
+        legend(figure, axes)
         return save(figure, path)

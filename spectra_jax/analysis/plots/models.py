@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from spectra_jax.analysis.plots.style import FAMILIES, OTHER, family_of, log_ticks, looks, panels, save
+from spectra_jax.analysis.plots.style import FAMILIES, HEIGHT, OTHER, family_of, legend, log_ticks, looks, panels, save
 from spectra_jax.errors import UserError
 
 
@@ -28,8 +28,8 @@ def bits_versus_loss(
     """
     if not rows:
         raise UserError("no models to draw")
-    with panels() as (figure, axes):
-        families = {row["family"]: family_of(row["family"]) for row in rows}
+    families = {row["family"]: family_of(row["family"]) for row in rows}
+    with panels(height=HEIGHT + (0.1 * len(families) if len(families) > 6 else 0)) as (figure, axes):
         for family, look in zip(families, looks(families), strict=True):
             members = sorted((r for r in rows if r["family"] == family), key=lambda r: r["bits"])
             axes.errorbar(
@@ -50,7 +50,7 @@ def bits_versus_loss(
         axes.margins(y=0.15)
         axes.set(title="Model size against validation loss", xlabel=f"model size ({accounting})",
                  ylabel="loss (nats per token)")
-        axes.legend(loc="best")
+        legend(figure, axes, inside=6)
         return save(figure, path)
 
 

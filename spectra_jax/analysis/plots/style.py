@@ -99,6 +99,15 @@ def panels(
         yield figure, axes if axes.size > 1 else axes[0, 0]
 
 
+def legend(figure: Figure, axes: Any, *, inside: int = 3, loc: str = "best") -> None:
+    """The legend of some axes: inside where there are few entries, else below the figure, where it covers no curve."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) <= inside:
+        axes.legend(loc=loc)
+    else:
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=6.5)
+
+
 def log_ticks(axis: Any, ratio: float) -> None:
     """Labels such as 300k and 1M on a logarithmic axis over which values change by `ratio`: more the shorter it is."""
     subs = (1.0, 2.0, 5.0) if ratio < 30 else (1.0, 3.0) if ratio < 3000 else (1.0,)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from spectra_jax.analysis.plots.style import RUNS, family_of, log_ticks, looks, panels, save
+from spectra_jax.analysis.plots.style import RUNS, family_of, legend, log_ticks, looks, panels, save
 
 
 def entropies(table: pd.DataFrame, path: Path | str | None = None) -> Figure:
@@ -16,7 +16,7 @@ def entropies(table: pd.DataFrame, path: Path | str | None = None) -> Figure:
     table = table.groupby(["label", "linear"], as_index=False, sort=True).mean(numeric_only=True)
     labels = {name: family_of(name) for name in table["label"].unique()}
     shown = next((name for name in ("FloatLM", *labels) if name in labels))
-    with panels(2, 1, height=4.4, sharex=True) as (figure, grid):
+    with panels(2, 1, height=4.8, sharex=True) as (figure, grid):
         top, below = grid[:, 0]
         for name, look in zip(labels, looks(labels)):
             of = table[table["label"] == name]
@@ -28,6 +28,6 @@ def entropies(table: pd.DataFrame, path: Path | str | None = None) -> Figure:
         below.set(xlabel="parameters of the block matrices", ylabel=f"Shannon entropy (bits),\n{shown}")
         below.set_xscale("log")
         log_ticks(below.xaxis, table["linear"].max() / table["linear"].min())
-        for axes in (top, below):
-            axes.legend(loc="best", fontsize=6)
+        legend(figure, top)
+        below.legend(loc="best", fontsize=6)
         return save(figure, path)
