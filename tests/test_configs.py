@@ -2,6 +2,8 @@
 
 import ast
 import inspect
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,6 +13,7 @@ import pytest
 from spectra_jax import config, suite
 from spectra_jax.model import parameters
 from spectra_jax.schema import Config
+from spectra_jax.sweep import read_rows
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.py"))
@@ -106,8 +109,11 @@ def test_defaults_of_every_file(path):
 
 
 def arguments_of(path: Path) -> list[str]:
-    """What a sweep can be asked for: its default, and the tiny form if its docstring offers one."""
-    return [str(path)] + ([f"{path}:tiny"] if "\nTiny:" in path.read_text() else [])
+    """What a sweep can be asked for: its default, and the tiny form or the parts that its docstring offers."""
+    text = path.read_text()
+    parts = re.search(r"^Parts:(.*?)$", text, re.MULTILINE)
+    named = re.findall(r":(\w+)", parts[1]) if parts else ["tiny"] * ("\nTiny:" in text)
+    return [str(path)] + [f"{path}:{name}" for name in named]
 
 
 @pytest.mark.parametrize(
@@ -117,15 +123,31 @@ def arguments_of(path: Path) -> list[str]:
 )
 def test_every_row_of_every_sweep(spec, monkeypatch):
     monkeypatch.chdir(ROOT)  # sweeps name the config files that they start from as the commands do
-    rows = config.run_config_file(spec, "get_sweep")
-    names = [name for name, _ in rows]
-    assert len(names) > 1 and len(set(names)) == len(names), (
-        f"rows of a sweep need names of their own: {names}"
-    )
-    configs = [config.from_config_dict(values) for _, values in rows]
-    assert len(set(configs)) == len(configs)
-    for c in configs:
+    rows = read_rows(spec)
+    assert len(rows) > 1 and len({row.name for row in rows}) == len(rows)
+    assert len({replace(row.config, name="same") for row in rows}) == len(rows), "two rows are one"
+    for c in {row.config.model: row.config for row in rows}.values():
         assert shape_of_run(c) == parameters.count(c.model).total
+
+
+def test_the_mini_suite():
+    """What it promises: factor of sizes, seeds, QuantLMs of every FloatLM, arms, the same data for all."""
+    rows = {row.name: row for row in read_rows(f"{ROOT}/configs/sweeps/mini_suite.py")}
+    whole = [row for row in rows.values() if row.config.train.tokens == 5_242_880]
+    sizes = sorted({parameters.count(row.config.model).total for row in whole if row.config.family == "FloatLM"})
+    assert len(sizes) == 5 and sizes[-1] > 16 * sizes[0]
+    for family in ("FloatLM", "TriLM", "BiLM"):
+        full = [c for c in (row.config for row in whole) if c.family == family and (
+            family == "FloatLM" or c.schedule.lower_peak and c.schedule.remove_decay)]
+        seeds = {size: sorted(c.seed for c in full if parameters.count(c.model).total == size) for size in sizes}
+        assert list(seeds.values()) == [[0, 1, 2]] * 2 + [[0]] * 3
+    made = {(row.of, row.config.quantize.bits) for row in rows.values() if row.of}
+    floats = [row.name for row in whole if row.config.family == "FloatLM" and not row.of]
+    assert made == {(name, bits) for name in floats for bits in (3, 4, 6, 8)}
+    arms = {(c.schedule.lower_peak, c.schedule.remove_decay) for c in (row.config for row in whole)
+            if c.family == "TriLM" and c.model.D == 128}
+    assert len(arms) == 4
+    assert len({(c.data, c.train.tokens // c.steps) for c in (row.config for row in rows.values())}) == 1
 
 
 def test_the_schedule_ablation_varies_the_two_interventions_only(monkeypatch):

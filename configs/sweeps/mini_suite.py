@@ -1,15 +1,15 @@
 """The mini-suite: Spectra's comparisons at sizes that two CPU cores train in an afternoon, on the shipped text.
 
-Command:  spectra prepare spectra_jax/data/corpus/corpus.txt.xz --out=runs/mini-data --tokenizer=train:1024 \\
+Command:  spectra sweep --sweep=configs/sweeps/mini_suite.py --workdir=runs/mini --config.data.sets=runs/mini-data
+Text:     spectra prepare spectra_jax/data/corpus/corpus.txt.xz --out=runs/mini-data --tokenizer=train:1024 \\
               --context=128 --validation-percent=4 --licence='public domain'
-          spectra sweep --sweep=configs/sweeps/mini_suite.py --workdir=runs/mini --config.data.sets=runs/mini-data
-          spectra analyze suite runs/mini --out=results/mini_suite
+Figures:  spectra analyze suite runs/mini --out=results/mini_suite
 Parts:    :suite (the default); :search, the learning rates that PEAKS was taken from
 Larger:   --config.data.sets=DIR for any other text prepared with a vocabulary of 1024 and a context of 128
 Chips:    two CPU cores: two hours, and 41 minutes for the search, measured beside other work (3.4 and 1.3 core-hours of
           training); a GPU: not measured
-Loss:     FloatLM 3.64 3.30 3.15 3.04 2.94, TriLM 3.79 3.44 3.28 3.11 3.03, BiLM 3.96 3.60 3.41 3.19 3.11 by size, BitNet
-          3.59 at 237k and 3.35 at 529k; everything else in results/mini_suite
+Loss:     by size FloatLM 3.64 3.30 3.15 3.04 2.94, TriLM 3.79 3.44 3.28 3.11 3.03, BiLM 3.96 3.60 3.41 3.19 3.11;
+          BitNet 3.59 at 237k and 3.35 at 529k; everything else in results/mini_suite
 Answers:  at 1/1000 of the size: the loss of TriLM and FloatLM against size (Figures 9 and 10, equation 1) and bits,
           BiLM's gap to TriLM (15), QuantLM at 3 to 8 bits, the schedule's four arms (section 4.3), BitNet (Table 10) of
           the Spectra paper (arXiv 2407.12327), and a law of size and tokens as in 2506.23025
