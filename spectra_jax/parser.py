@@ -71,6 +71,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     _making_models(add)
     _using_models(add)
     _looking_at_runs(add)
+    _analysing(add)
     return top, commands.choices
 
 
@@ -220,7 +221,7 @@ def _using_models(add: Callable) -> None:
 
 
 def _looking_at_runs(add: Callable) -> None:
-    """compare, plot, analyze, report, checkpoints, verify, plan, suite."""
+    """compare, plot, checkpoints, verify, plan, suite."""
     arg = add("compare", "Quality against size in bits of any runs, as one table and one picture.",
               "Example:\n  spectra compare runs/flt runs/flt-3bit runs/tri --sets data/web --out=bits.png")
     arg("checkpoints", nargs="+", metavar="WORKDIR[@STEP]", help="runs, by default the newest checkpoint of each")
@@ -236,6 +237,32 @@ def _looking_at_runs(add: Callable) -> None:
     arg("--x", default="tokens", help="tokens or step (default %(default)s)")
     arg("--smooth", type=float, default=0.02, help="share of the curve to average over (default %(default)s)")
 
+    run = {"metavar": "WORKDIR[@STEP]", "help": "folder of the run, by default with all its checkpoints"}
+    arg = add("checkpoints", "List the checkpoints of a run: step, tokens, loss, size, whether their checksums hold.")
+    arg("workdir", **run)
+    arg = add("verify", "Read every checkpoint of a run and compare each array with its checksum.")
+    arg("workdir", **run)
+
+    arg = add(
+        "plan", "Whether a config fits accelerators that are not here, what crosses devices, the bound on its speed.",
+        "Examples:\n  spectra plan --config=configs/trilm.py:3.9b --topology=v5p:4x4x4 --compile \\\n"
+        "               --config.data.batch=512 --config.model.remat=full\n"
+        "  spectra plan --config=configs/trilm.py:3.9b --topology=v5e-16 --topology=h100:8 --search", True,
+    )
+    arg("--config", required=True, metavar="FILE.py[:ARG]", help="config file and the argument of its get_config")
+    arg("--topology", required=True, action="append", metavar="v5p:4x4x4", help="slices by family and chips a side, "
+        "an accelerator type such as v5p-128, or GPUs of a node such as h100:8; *2 after it for two slices or nodes; "
+        "may be given again")
+    arg("--compile", action="store_true", help="compile the real step by libtpu: a minute or two")
+    arg("--search", action="store_true", help="try meshes, remat and microbatches, and rank what fits")
+    arg("--serve", action="store_true", help="generation instead: weights, cache, bound on tokens per second")
+    arg("--price", type=float, default=0.0, help="of a chip for an hour")
+
+    add("suite", "Print the published suite: sizes, learning rates, sizes in bits.")
+
+
+def _analysing(add: Callable) -> None:
+    """analyze, report."""
     arg = add(
         "analyze", "One of the paper's figures from runs, or from the published numbers where no run is named.",
         "scaling     laws of loss against size        deployment  what fits where, how fast it decodes\n"
@@ -260,6 +287,8 @@ def _looking_at_runs(add: Callable) -> None:
     arg("--config", default=None, metavar="FILE.py[:ARG]", help="deployment: a model of your own")
     arg("--task", default=None, help="published: a benchmark, such as lambada")
     arg("--metric", default=None, help="published: its metric, such as acc")
+    arg("--own", default=None, nargs="+", metavar="FILE.json", help="published: results of one's own, as spectra "
+        "harness --out wrote them, in the same figure")
 
     arg = add("report", "Everything known of some runs in one HTML file.",
               "Example:\n  spectra report runs/mini --out=mini.html")
@@ -268,26 +297,3 @@ def _looking_at_runs(add: Callable) -> None:
     arg("--title", default="", help="its title (default: the names of the folders)")
     arg("--dynamics", default="", metavar="WORKDIR", help="the run whose checkpoints are looked into (default: the "
         "first quantized one that kept three or more)")
-
-    run = {"metavar": "WORKDIR[@STEP]", "help": "folder of the run, by default with all its checkpoints"}
-    arg = add("checkpoints", "List the checkpoints of a run: step, tokens, loss, size, whether their checksums hold.")
-    arg("workdir", **run)
-    arg = add("verify", "Read every checkpoint of a run and compare each array with its checksum.")
-    arg("workdir", **run)
-
-    arg = add(
-        "plan", "Whether a config fits accelerators that are not here, what crosses devices, the bound on its speed.",
-        "Examples:\n  spectra plan --config=configs/trilm.py:3.9b --topology=v5p:4x4x4 --compile \\\n"
-        "               --config.data.batch=512 --config.model.remat=full\n"
-        "  spectra plan --config=configs/trilm.py:3.9b --topology=v5e-16 --topology=h100:8 --search", True,
-    )
-    arg("--config", required=True, metavar="FILE.py[:ARG]", help="config file and the argument of its get_config")
-    arg("--topology", required=True, action="append", metavar="v5p:4x4x4", help="slices by family and chips a side, "
-        "an accelerator type such as v5p-128, or GPUs of a node such as h100:8; *2 after it for two slices or nodes; "
-        "may be given again")
-    arg("--compile", action="store_true", help="compile the real step by libtpu: a minute or two")
-    arg("--search", action="store_true", help="try meshes, remat and microbatches, and rank what fits")
-    arg("--serve", action="store_true", help="generation instead: weights, cache, bound on tokens per second")
-    arg("--price", type=float, default=0.0, help="of a chip for an hour")
-
-    add("suite", "Print the published suite: sizes, learning rates, sizes in bits.")

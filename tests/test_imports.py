@@ -60,7 +60,8 @@ ALLOWED = {
     "analysis.plots.style": {"errors"},
     "analysis.plots": {"errors", "metrics", "analysis.plots.style", "analysis.scaling_laws", "analysis.accelerators"},
     "analysis.accelerators": {"errors"},
-    "analysis.scaling_laws": {"errors"},
+    "analysis.fitting": set(),
+    "analysis.scaling_laws": {"errors", "analysis.fitting"},
     "analysis": MODEL | {
         "analysis.plots", "analysis.accelerators", "analysis.scaling_laws", "checkpoint", "data", "evaluate", "metrics",
         "record", "serve", "stored", "train", "train.workdir",

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, PyTree
 
+from spectra_jax.analysis.runs import is_trained
 from spectra_jax.checkpoint import Checkpoints
 from spectra_jax.data.loader import Loader
 from spectra_jax.errors import UserError
@@ -45,7 +46,7 @@ def updates(run: str | Path) -> pd.DataFrame:
     effective_max, effective_mean (of the magnitudes of changes); flips (share of codes that differ).
 
     Raises:
-      UserError: a run without at least two checkpoints, or without latent weights.
+      UserError: a run that was made and not trained, or without at least two checkpoints.
     """
     config, rows = read_config(run), []
     points = _points(run)
@@ -82,7 +83,7 @@ def landscape(run: str | Path, *, batches: int = 4) -> pd.DataFrame:
     `second` is the mean of the second directional derivative between the two checkpoints.
 
     Raises:
-      UserError: a run without at least two checkpoints or without latent weights, or data that is not there.
+      UserError: a run that was made and not trained, or without at least two checkpoints; data that is not there.
     """
     config, rows = read_config(run), []
     tokens, before = None, None
@@ -104,8 +105,12 @@ def marks(run: str | Path) -> dict[int, str]:
 
 def _points(run: str | Path, with_graph: bool = False) -> Iterator[Any]:
     """The checkpoints that a run kept for good, or else all, earliest first, on the host."""
+    config = read_config(run)
+    if not is_trained(run):
+        raise UserError(f"{run} is a {config.family} that was made and not trained: it has one state and no latent "
+                        "weights; name the run that it was made of")
     checkpoints = Checkpoints(run)
-    steps, kept = checkpoints.chosen(None), set(read_config(run).permanent_steps)
+    steps, kept = checkpoints.chosen(None), set(config.permanent_steps)
     checkpoints.close()
     if len(kept.intersection(steps)) > 1:  # those to resume from stand at other distances
         steps = [step for step in steps if step in kept]

@@ -3,15 +3,17 @@
 Numbers were read off arXiv 2407.12327v5 and its camera-ready ("CR"), and of Spectra 1.1 (2506.23025) off notes on it.
 """
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from spectra_jax import suite
+from spectra_jax.analysis import runs
 from spectra_jax.analysis.scaling_laws import Law
-from spectra_jax.errors import one_of
+from spectra_jax.errors import UserError, one_of
 from spectra_jax.evaluate import published
 
 FOLDER = Path(__file__).with_name("published")
@@ -71,6 +73,43 @@ def benchmarks() -> pd.DataFrame:
                 task, metric = _split(column)
                 rows.append({**about, "task": task, "metric": metric, "value": float(value)})
     return pd.DataFrame(rows)
+
+
+def own(results: Sequence[str | Path]) -> pd.DataFrame:
+    """One's own models as rows of `benchmarks`, from what `spectra harness --out=FILE.json` wrote.
+
+    The six-task average is there where all six tasks are. The checkpoint that a file names must still be there, for its
+    size.
+
+    Raises:
+      UserError: a file that is no such result, or a checkpoint that is gone.
+    """
+    rows = []
+    for path in map(Path, results):
+        try:
+            content = json.loads(path.read_text("utf-8"))
+            found = {
+                (task, key.partition(",")[0]): float(value) for task, metrics in content["results"].items()
+                for key, value in metrics.items() if isinstance(value, float | int)
+            }
+            checkpoint, name = content["checkpoint"], content["name"]
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{path} is no result of `spectra harness --out`: {error!r}") from error
+        run = runs.table([checkpoint]).iloc[0]
+        about = {"model": name, "family": run["family"], "size": "", "parameters": run["parameters"],
+                 "paper_bits": run["paper_bits"]}
+        values = {
+            _split(column): found[key] * _unit(column) for key, column in published.COLUMNS.items() if key in found
+        }
+        if (six := published.average(found)) is not None:
+            values["commonsense", "avg6"] = 100 * six
+        rows += [{**about, "task": task, "metric": metric, "value": v} for (task, metric), v in values.items()]
+    return pd.DataFrame(rows)
+
+
+def _unit(column: str) -> float:
+    """The paper prints per cent, but for perplexity and differences of likelihoods."""
+    return 1.0 if column.endswith(("_ppl", "_diff")) else 100.0
 
 
 def _number(size: str) -> float:

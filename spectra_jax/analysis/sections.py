@@ -169,10 +169,18 @@ def dynamics(folders: Sequence[str], *, batches: int = 4) -> Section:
                    {"updates": moved, "landscape": around}, {"dynamics": plots.dynamics(moved, around, marks)})
 
 
-def papers(folders: Sequence[str] = (), *, task: str = "commonsense", metric: str = "avg6") -> Section:
-    """Every table of the papers, and a benchmark against parameters and bits."""
-    return Section("Published results", tables={name: make() for name, (_, make) in published.TABLES.items()},
-                   figures={"benchmark": plots.benchmark(published.benchmarks(), task=task, metric=metric)})
+def papers(
+    folders: Sequence[str] = (), *, task: str = "commonsense", metric: str = "avg6", own: Sequence[str] = ()
+) -> Section:
+    """Every table of the papers, and a benchmark against parameters and bits, one's own results in the same axes."""
+    tables, mine = {name: make() for name, (_, make) in published.TABLES.items()}, None
+    if own:
+        tables["own"] = published.own(own)
+        mine = tables["own"].query("task == @task and metric == @metric")
+        if mine.empty:
+            raise UserError(f"{', '.join(own)} have no {task} {metric}; choose another --task and --metric")
+    figure = plots.benchmark(published.benchmarks(), task=task, metric=metric, own=mine)
+    return Section("Published results", tables=tables, figures={"benchmark": figure})
 
 
 def curves(folders: Sequence[str]) -> Section:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,7 +12,8 @@ from jaxtyping import Float
 from spectra_jax.analysis.comparison import label
 from spectra_jax.analysis.runs import table as table_of_runs
 from spectra_jax.checkpoint import Checkpoints
-from spectra_jax.model.matrices import Key
+from spectra_jax.errors import one_of
+from spectra_jax.model.matrices import MATRICES, Key
 from spectra_jax.model.parameters import block_matrices, freeze
 from spectra_jax.serve.load import Loaded, load
 from spectra_jax.stored import parse_checkpoint, record_of
@@ -22,9 +23,7 @@ Span = tuple[float | int, float | int] | None
 BINS = (100, 300, 500, 700, 900)  # of the paper's histograms
 
 
-def table(
-    checkpoint: str | Path, *, bins: Sequence[int] = BINS, span: Span = None
-) -> pd.DataFrame:
+def table(checkpoint: str | Path, *, bins: Sequence[int] = BINS, span: Span = None) -> pd.DataFrame:
     """Statistics of every block matrix of a checkpoint, one row for each layer and kind.
 
     Columns:
@@ -59,6 +58,26 @@ def table(
                 row["error"] = np.linalg.norm(shown - effective[key][layer]) / np.linalg.norm(shown)
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+class Matrix(NamedTuple):
+    """One kind of matrix of a checkpoint, stacked over layers (L, in, out): latent weights if there are any, else the
+    effective ones, and their codes, None of a float model."""
+
+    weights: np.ndarray
+    codes: np.ndarray | None
+
+
+def matrix(checkpoint: str | Path, kind: str) -> Matrix:
+    """The matrices of one kind, such as "mlp.up".
+
+    Raises:
+      UserError: no such checkpoint or kind.
+    """
+    key = tuple(one_of(kind, [".".join(key) for key in MATRICES], "kind").split("."))
+    model = _load(str(checkpoint))
+    w, (effective, codes, _) = block_matrices(model.parameters)[key], _parts(model)
+    return Matrix(effective[key] if is_form(w) else np.asarray(w), codes.get(key))
 
 
 def series(run: str | Path, **options: Any) -> pd.DataFrame:

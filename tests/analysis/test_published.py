@@ -1,10 +1,13 @@
 """The paper's tables as frames, against numbers that are printed elsewhere in it."""
 
+import json
+
 import numpy as np
 import pytest
 
-from spectra_jax import suite
-from spectra_jax.analysis import plots, published
+from spectra_jax import suite as sizes
+from spectra_jax.analysis import plots, published, runs
+from spectra_jax.analyze import analyze
 from spectra_jax.errors import UserError
 
 
@@ -53,8 +56,8 @@ def test_the_ablation_in_the_paper_s_order():
 def test_batches_of_the_suite_follow_from_skipped_tokens():
     """Table 5 against suite.py: tokens over batches are its batch size, for TriLMs within the rounding of the table."""
     table = published.table("loss_scaling").query("family == 'TriLM'")
-    sequences = table["skipped_tokens_b"] * 1e9 / table["skipped_batches"] / suite.CONTEXT
-    assert sequences.mean() == pytest.approx(suite.TRI_BATCH, rel=0.01)
+    sequences = table["skipped_tokens_b"] * 1e9 / table["skipped_batches"] / sizes.CONTEXT
+    assert sequences.mean() == pytest.approx(sizes.TRI_BATCH, rel=0.01)
 
 
 def test_the_figure(tmp_path):
@@ -66,6 +69,29 @@ def test_the_figure(tmp_path):
     assert len(line.get_xdata()) == 9 and line.get_color() == plots.FAMILIES["TriLM"][0]
     with pytest.raises(UserError, match="nothing is published of boolq acc_norm; there is arc_challenge acc, "):
         plots.benchmark(published.benchmarks(), task="boolq", metric="acc_norm")
+
+
+def test_ones_own_results(tmp_path, suite):
+    """What `spectra harness --out` writes, in the units of the paper; the sixfold mean where all six are there."""
+    six = {"arc_challenge": ("acc_norm", 0.25), "arc_easy": ("acc_norm", 0.40), "hellaswag": ("acc_norm", 0.30),
+           "piqa": ("acc_norm", 0.60), "boolq": ("acc", 0.61), "winogrande": ("acc", 0.50)}
+    results = {task: {f"{metric},none": value, f"{metric}_stderr,none": 0.01} for task, (metric, value) in six.items()}
+    results["lambada_openai"] = {"perplexity,none": 170.0, "acc,none": 0.2}
+    content = {"checkpoint": str(suite / "trilm-16"), "name": "mine", "results": results}
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    table = published.own([tmp_path / "mine.json"]).set_index(["task", "metric"])
+    assert table.loc[("arc_easy", "acc_norm"), "value"] == 40 and table.loc[("lambada", "ppl"), "value"] == 170
+    assert table.loc[("lambada", "acc"), "value"] == pytest.approx(20)
+    assert table.loc[("commonsense", "avg6"), "value"] == pytest.approx(100 * np.mean([v for _, v in six.values()]))
+    assert set(table["model"]) == {"mine"}
+    assert set(table["parameters"]) == {runs.table([suite / "trilm-16"])["parameters"][0]}
+    text = analyze("published", [], tmp_path / "out", {"own": [str(tmp_path / "mine.json")]})
+    assert "own.csv" in text and (tmp_path / "out" / "benchmark.png").is_file()
+    with pytest.raises(UserError, match="mine.json have no triviaqa em; choose another --task and --metric"):
+        analyze("published", [], None, {"own": [str(tmp_path / "mine.json")], "task": "triviaqa", "metric": "em"})
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(UserError, match="other.json is no result of `spectra harness --out`"):
+        published.own([tmp_path / "other.json"])
 
 
 def test_the_figure_of_the_laws(tmp_path):

@@ -90,6 +90,19 @@ def test_the_uniform_distribution_has_the_entropy_of_its_bins():
     assert weights.differential_entropy(0.0200) == pytest.approx(-3.60, abs=0.01)
 
 
+def test_one_kind_of_matrix(quantlm):
+    found = weights.matrix(trained(*TERNARY), "mlp.up")
+    assert np.array_equal(found.weights[1], matrix(trained(*TERNARY), 1, "mlp", "up").astype(np.float32))
+    w = found.weights.astype(np.float64)
+    scale = np.abs(w).mean(axis=(1, 2), keepdims=True) + 1e-5
+    assert np.array_equal(found.codes, np.round(np.clip(w / scale, -1, 1)))
+    assert weights.matrix(trained(), "attention.q").codes is None
+    made = weights.matrix(quantlm, "mlp.up")
+    assert made.codes.shape == made.weights.shape and len(np.unique(made.codes)) <= 16
+    with pytest.raises(UserError, match="kind='mlp.u' is not one of attention.q, .*; did you mean mlp.up"):
+        weights.matrix(trained(), "mlp.u")
+
+
 def test_no_such_run(tmp_path):
     with pytest.raises(UserError, match="holds no run|does not exist"):
         weights.table(tmp_path / "absent")
