@@ -296,4 +296,4 @@ def _analysing(add: Callable) -> None:
     arg("--out", default="report.html", help="the file (default %(default)s)")
     arg("--title", default="", help="its title (default: the names of the folders)")
     arg("--dynamics", default="", metavar="WORKDIR", help="the run whose checkpoints are looked into (default: the "
-        "first quantized one that kept three or more)")
+        "first that kept three or more, a TriLM if there is one)")

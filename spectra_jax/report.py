@@ -26,7 +26,8 @@ def report(folders: Sequence[str], out: Path | str = "report.html", *, title: st
 
     Args:
       title: by default the names of the folders.
-      dynamics: the run whose checkpoints are looked into; by default the first quantized run that kept three or more.
+      dynamics: the run whose checkpoints are looked into; by default the first that kept three or more, a TriLM if
+        there is one.
 
     Raises:
       UserError: no such runs, damaged files, or a file that cannot be written.
@@ -36,7 +37,7 @@ def report(folders: Sequence[str], out: Path | str = "report.html", *, title: st
         raise UserError(f"--out={out}: a report is one file, such as report.html")
     found = runs.expand(folders)
     table = runs.table(found)
-    moving = dynamics or next((run for run in found if _moves(run)), "")
+    moving = dynamics or min(filter(_moves, found), key=_preference, default="")
     parts = {"runs": Section("Runs", _provenance(table), {"runs": table[[*FACTS]]})}
     for name in ASKED:
         of = ([moving] if moving else []) if name == "dynamics" else found
@@ -59,7 +60,11 @@ def report(folders: Sequence[str], out: Path | str = "report.html", *, title: st
 def _moves(run: str) -> bool:
     folder, step = parse_checkpoint(run)
     kept = [path for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
-    return step is None and runs.is_trained(run) and read_config(folder).model.weight != "float" and len(kept) >= 3
+    return step is None and runs.is_trained(run) and len(kept) >= 3
+
+
+def _preference(run: str) -> bool:
+    return read_config(parse_checkpoint(run)[0]).model.weight != "ternary"
 
 
 def _provenance(table) -> str:

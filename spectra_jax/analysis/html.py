@@ -64,12 +64,13 @@ def _figure(name: str, figure: Figure) -> str:
 
 
 def _table(name: str, table: pd.DataFrame) -> str:
-    """Long ones folded."""
+    """Long ones can be folded, and are, but for that of the runs."""
     title = escape(name.replace("_", " "))
     text = shown(table).to_html(index=False, border=0, na_rep="", float_format=number, escape=True)
     if len(table) <= LONG:
         return f'<h3>{title}</h3><div class="scroll">{text}</div>'
-    return f'<details><summary>{title}, {len(table):,} rows</summary><div class="scroll">{text}</div></details>'
+    state = "details open" if name == "runs" else "details"
+    return f'<{state}><summary>{title}, {len(table):,} rows</summary><div class="scroll">{text}</div></details>'
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:

@@ -147,10 +147,9 @@ def hardware(folders: Sequence[str] = ()) -> Section:
 
 
 def statistics(folders: Sequence[str]) -> Section:
-    """Weights: entropies of the runs, and every matrix of the largest quantized one."""
+    """Weights: entropies of the runs, and every matrix of the largest, a TriLM if there is one."""
     first = comparison.main_rows(runs.table(_some(folders))).drop_duplicates(["label", *comparison.SHAPE])
-    largest = first.sort_values(["bits_per_weight", "parameters"], ascending=[True, False])
-    largest = (largest[largest["weight"] != "float"] if (largest["weight"] != "float").any() else largest).iloc[0]
+    largest = first.assign(ternary=first["weight"] == "ternary").sort_values(["ternary", "parameters"]).iloc[-1]
     found = weights.entropies(list(first["folder"]))
     return Section(
         "Weights", f"Entropies in bits, of the first seed; matrices of {largest['run']}.",
