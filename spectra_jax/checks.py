@@ -4,7 +4,7 @@ from dataclasses import fields, is_dataclass
 from math import isfinite
 
 from spectra_jax.errors import UserError, one_of
-from spectra_jax.schema import Config, parse_set
+from spectra_jax.schema import Config, parse_rate, parse_set
 
 
 def _require(condition: bool, message: str) -> None:
@@ -67,6 +67,14 @@ def check(config: Config) -> Config:
         2 <= config.quantize.bits <= 8, f"config.quantize.bits={config.quantize.bits}: from 2 to 8 are stored"
     )
     one_of(config.quantize.scale_dtype, ("float16", "bfloat16", "float32"), "config.quantize.scale_dtype")
+    for text in o.rates:
+        parse_rate(text)
+    distill = config.distill
+    _require(
+        not distill.teacher or distill.next_token + distill.logits + distill.features > 0,
+        "config.distill: next_token, logits and features are all 0, so that the teacher teaches nothing",
+    )
+    _require(distill.temperature > 0, f"config.distill.temperature={distill.temperature} must be positive")
     _require(bool(config.name), "config.name is empty; runs are told apart by their names")
     _require(s.peak > 0, f"config.schedule.peak={s.peak} must be positive")
     _require(0 <= s.final <= 1, f"config.schedule.final={s.final} is a fraction of the peak: between 0 and 1")

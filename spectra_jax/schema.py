@@ -58,6 +58,7 @@ class Train:
 
     tokens: int = 300_000_000_000
     steps: int = 0  # when positive, overrides `tokens`
+    start: str = ""  # WORKDIR[@STEP] whose weights training begins with, instead of random ones
     accumulate: int = 1  # microbatches per step
     loss_chunks: int = 8  # the vocabulary-sized logits exist for one chunk of the sequence at a time
     # Skipped steps in a row before the run is given up; those that are not finite always are. With float16 those that
@@ -81,6 +82,7 @@ class Train:
 class Optimizer:
     """AdamW. Betas are the paper's (A.2); the rest is not stated there and holds the field's usual values."""
 
+    name: str = "adamw"  # the names in train/optimizer.py
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -88,6 +90,23 @@ class Optimizer:
     weight_decay: float = 0.1
     # Parameters whose path contains one of these are not decayed (not stated in the paper).
     no_decay: tuple[str, ...] = ("norm",)
+    # Of parameters whose path contains PART the learning rate is FACTOR times as high: ("PART=FACTOR", ...).
+    rates: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()  # only parameters whose path contains one of these are trained; empty: all
+
+
+@dataclass(frozen=True)
+class Distill:
+    """What a run learns from a frozen teacher (TernaryLLM, arXiv 2406.07177), beside or instead of the text.
+
+    The paper's weights, layers and temperature are not known to us: all of these are assumptions.
+    """
+
+    teacher: str = ""  # WORKDIR[@STEP] of a model with the same tokenizer; empty: none, and nothing below is read
+    next_token: float = 0.0  # weight of the usual loss
+    logits: float = 1.0  # of the divergence of the student's next-token distribution from the teacher's
+    temperature: float = 1.0  # that both are softened by
+    features: float = 1.0  # of 1 - cosine between the residual streams after a block, summed over blocks
 
 
 @dataclass(frozen=True)
@@ -190,6 +209,7 @@ class Config:
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    distill: Distill = field(default_factory=Distill)
     schedule: Schedule = field(default_factory=Schedule)
     mesh: Mesh = field(default_factory=Mesh)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -237,3 +257,18 @@ def parse_set(text: str) -> tuple[str, float]:
         raise UserError(
             f"config.data.sets: {text!r} is not PATH or PATH=WEIGHT; {weight!r} is not a number"
         ) from None
+
+
+def parse_rate(text: str) -> tuple[str, float]:
+    """PART=FACTOR.
+
+    Raises:
+      UserError: it is not of this form.
+    """
+    part, _, factor = text.rpartition("=")
+    try:
+        if part and 0 <= float(factor) < float("inf"):
+            return part, float(factor)
+    except ValueError:
+        pass
+    raise UserError(f"config.optimizer.rates: {text!r} is not PART=FACTOR with a factor of at least 0")

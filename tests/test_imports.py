@@ -16,7 +16,7 @@ MODEL = BASE | {"sharding", "weights", "model"}
 STEP = MODEL | {"train", "train.loss"}
 RUN = STEP | {
     "data", "distributed", "record", "stored", "checkpoint", "metrics", "timer", "evaluate", "train.guard",
-    "train.workdir",
+    "train.workdir", "train.start",
 }
 ALLOWED = {
     "errors": set(),
@@ -43,6 +43,7 @@ ALLOWED = {
     "train.loss": {"sharding"},
     "train": MODEL | {"callable", "train.loss"},
     "train.guard": {"errors"},
+    "train.start": STEP | {"data", "serve"},
     "train.workdir": BASE | {"data"},
     "evaluate": MODEL | {"callable", "data", "train.loss"},
     "train.loop": RUN,

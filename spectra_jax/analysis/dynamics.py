@@ -24,8 +24,8 @@ from spectra_jax.model.matrices import Key
 from spectra_jax.model.parameters import block_matrices, freeze, with_matrices
 from spectra_jax.schema import Config
 from spectra_jax.serve.load import load
+from spectra_jax.train.objective import batch_loss
 from spectra_jax.train.schedule import interventions
-from spectra_jax.train.step import batch_loss
 from spectra_jax.train.workdir import read_config
 from spectra_jax.weights import get_rule
 

@@ -16,7 +16,6 @@ from spectra_jax.errors import one_of
 from spectra_jax.model.matrices import MATRICES, Key
 from spectra_jax.model.parameters import block_matrices, freeze
 from spectra_jax.serve.load import Loaded, load
-from spectra_jax.stored import parse_checkpoint, record_of
 from spectra_jax.weights.form import is_form
 
 Span = tuple[float | int, float | int] | None
@@ -41,7 +40,7 @@ def table(checkpoint: str | Path, *, bins: Sequence[int] = BINS, span: Span = No
     Raises:
       UserError: no such checkpoint.
     """
-    model = _load(str(checkpoint))
+    model = load(str(checkpoint), latent=None, devices=jax.devices()[:1])
     effective, codes, scales = _parts(model)
     rows = []
     for key, matrix in block_matrices(model.parameters).items():
@@ -75,7 +74,7 @@ def matrix(checkpoint: str | Path, kind: str) -> Matrix:
       UserError: no such checkpoint or kind.
     """
     key = tuple(one_of(kind, [".".join(key) for key in MATRICES], "kind").split("."))
-    model = _load(str(checkpoint))
+    model = load(str(checkpoint), latent=None, devices=jax.devices()[:1])
     w, (effective, codes, _) = block_matrices(model.parameters)[key], _parts(model)
     return Matrix(effective[key] if is_form(w) else np.asarray(w), codes.get(key))
 
@@ -104,15 +103,6 @@ def entropies(runs: Sequence[str | Path], *, bins: Sequence[int] = BINS) -> pd.D
             "run": Path(run).name, "label": name, "linear": int(statistics["weights"].sum()), "std": spread, **mean,
         })
     return pd.DataFrame(rows)
-
-
-def _load(checkpoint: str) -> Loaded:
-    """With latent weights, if there are any."""
-    workdir, step = parse_checkpoint(checkpoint)
-    checkpoints = Checkpoints(workdir)
-    record = record_of(checkpoints.path(checkpoints.chosen(step)[-1]))
-    checkpoints.close()
-    return load(checkpoint, latent=not record.get("forms"), devices=jax.devices()[:1])
 
 
 def _parts(model: Loaded) -> tuple[dict[Key, np.ndarray], dict[Key, np.ndarray], dict[Key, np.ndarray]]:

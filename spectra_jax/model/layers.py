@@ -31,7 +31,8 @@ class Linear(nnx.Module):
         """`dims` are the logical dims of `shape`; the latent weight starts normal with deviation `std`."""
         self.rule, self.shards, self.gather = rule, shards, gather
         init = jax.nn.initializers.normal(std)
-        self.w = nnx.Param(init(rngs.params(), shape, jnp.float32, out_sharding=rules(*dims)))
+        w = init(rngs.params(), shape, jnp.float32, out_sharding=rules(*dims))
+        self.w = nnx.Param(rule.latent(w, shards))
 
     def __call__(
         self,
@@ -41,14 +42,15 @@ class Linear(nnx.Module):
     ) -> Float[Array, "B T n"]:
         """x times the effective matrix. `statistics` are those of a latent weight whose rule has scales."""
         w = self.w.get_value()
+        x = self.rule.activation(x, w)
         if isinstance(w, Form):
             pass
-        elif self.rule.quantized and self.gather.codes and divided(w):
+        elif self.rule.quantized and self.rule.gathers and self.gather.codes and divided(w):
             w = Gathered.of(self.rule, w, statistics, self.shards, self.gather)
         else:
             w = self.rule.effective(w, statistics, self.shards)
             w = Gathered(w, None, self.gather) if self.gather.float32 else w
-        return matmul(self.rule.activation(x), w, out_sharding)
+        return matmul(x, w, out_sharding)
 
 
 class RMSNorm(nnx.Module):

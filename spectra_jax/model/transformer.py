@@ -164,16 +164,25 @@ class Transformer(nnx.Module):
             for i in range(m.L):  # not scanned: a layer's keys and values are then written in place (serve/cache.py)
                 x = self.layer(i)(x, tables, dict.fromkeys(MATRICES), attend)
             return self.norm(x)
+        return self._scanned(x, tables, features=False)[0]
 
-        def block(x: Array, layer: tuple[Block, Scales]) -> tuple[Array, None]:
+    def features(self, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T D"], Float[Array, "L B T D"]]:
+        """The states of `hidden`, and the residual stream after every block."""
+        return self._scanned(self.embed(tokens), rotary_tables(tokens.shape[1], self.m.H, self.m.rope_base), True)
+
+    def _scanned(self, x: Array, tables: tuple, features: bool) -> tuple[Array, Array | None]:
+        m = self.m
+
+        def block(x: Array, layer: tuple[Block, Scales]) -> tuple[Array, Array | None]:
             module, scales = layer
-            return module(x, tables, scales), None
+            x = module(x, tables, scales)
+            return x, x if features else None
 
         if m.remat != "none":
             # Inside a loop nothing can be merged with the forward pass; in unrolled code it has to be prevented.
             block = jax.checkpoint(block, policy=REMAT[m.remat], prevent_cse=m.unroll > 1)
-        x, _ = jax.lax.scan(block, x, (self.blocks, self.scales()), unroll=min(m.unroll, m.L))
-        return self.norm(x)
+        x, found = jax.lax.scan(block, x, (self.blocks, self.scales()), unroll=min(m.unroll, m.L))
+        return self.norm(x), found
 
     def layer(self, i: int) -> Block:
         """One block; its parameters are cut from stacked ones, or taken from tuples with one array or form a layer."""

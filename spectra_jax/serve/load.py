@@ -40,12 +40,13 @@ class Loaded:
 
 
 def load(
-    checkpoint: str, *, latent: bool = False, devices: Sequence[jax.Device] | None = None, model_parallel: int = 1
+    checkpoint: str, *, latent: bool | None = False, devices: Sequence[jax.Device] | None = None,
+    model_parallel: int = 1,
 ) -> Loaded:
     """Loads `WORKDIR[@STEP]`, by default the newest step, spread over the devices of this machine.
 
     Args:
-      latent: keep latent weights instead of freezing them to codes and scales.
+      latent: keep latent weights instead of freezing them to codes and scales. None: keep them where there are any.
       devices: where to; by default all. The mesh that the model was trained on does not matter.
       model_parallel: devices that share a matrix and the heads (the mesh's "model" axis).
 

@@ -34,6 +34,7 @@ from spectra_jax.train.describe import describe, flops_per_token
 from spectra_jax.train.guard import StopRequest, Watchdog, only_run_in
 from spectra_jax.train.profile import Profile
 from spectra_jax.train.schedule import interventions
+from spectra_jax.train.start import first_state, teachers
 from spectra_jax.train.step import State, init_state, make_step
 from spectra_jax.train.weight_stats import Codes, make_weight_stats
 from spectra_jax.train.workdir import open_workdir
@@ -64,7 +65,7 @@ def train(config: Config, workdir: Path | str, *, accept_changes: bool = False) 
         open_workdir(workdir, config, loader, accept_changes)
         watchdog = stack.enter_context(Watchdog(config.train.stuck_seconds))
         with Checkpoints(workdir, config) as checkpoints:  # a save under way is finished, come what may
-            start, state = restore_or_init(config, mesh, checkpoints)
+            start, state = restore_or_init(config, mesh, checkpoints, loader)
             watchdog.kick()
             recorded = first and (workdir / FILE).is_file()  # read before what lies beyond `start` is dropped
             past = goodput.past(read_metrics(workdir) if recorded else (), start, began)
@@ -101,20 +102,20 @@ def make_loader(config: Config, split: str, mixture: tuple | None = None) -> Loa
     )
 
 
-def restore_or_init(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> tuple[int, State]:
+def restore_or_init(config: Config, mesh: Mesh, checkpoints: Checkpoints, loader: Loader) -> tuple[int, State]:
     """How many steps are done, and the state after them: from the newest checkpoint, else fresh from the seed.
 
-    Never both are in memory.
+    Never both are in memory. A fresh state may begin with the weights of another run.
     """
-    init, newest = partial(init_state, config), max(checkpoints.steps(), default=0)
+    newest = max(checkpoints.steps(), default=0)
     key = jax.random.key(config.seed)
     if newest > config.steps:
         raise UserError(
             f"the workdir's newest checkpoint is of step {newest}, beyond the {config.steps} steps of the config; "
             f"train for at least {newest} steps or use a new --workdir"
         )
-    restored = checkpoints.restore_newest(abstract(jax.eval_shape(init, key), mesh))
-    return restored or (0, jax.jit(init)(key))
+    restored = checkpoints.restore_newest(abstract(jax.eval_shape(partial(init_state, config), key), mesh))
+    return restored or (0, first_state(config, mesh, key, loader))
 
 
 @dataclass
@@ -148,6 +149,7 @@ class Run:
         self.weights: dict | None = None
         self.flops = flops_per_token(config)
         self.peak = hardware.total_peak(list(self.mesh.devices.flat), compute_dtype(config.model))
+        self.given = teachers(config, self.mesh, self.loader)
         self.timer = Timer(self.past.at(time.time()))  # the last thing: whatever was before is the start
 
     def steps(self, state: State, start: int) -> State:
@@ -165,7 +167,7 @@ class Run:
                 with timer.phase("stall"):
                     batch = next(batches)
                 with jax.profiler.StepTraceAnnotation("train", step_num=done):
-                    state, metrics = step_fn(state, batch)
+                    state, metrics = step_fn(state, batch, *self.given)
                 if pending:
                     self.report(*pending)
                 pending = (done, metrics)
@@ -188,7 +190,7 @@ class Run:
         config = self.config
         batch = jax.ShapeDtypeStruct((config.data.batch, config.data.T + 1), "int32", sharding=self.sharding)
         with self.timer.phase("compile"):
-            return jax.jit(make_step(config), donate_argnums=0).lower(state, batch).compile()
+            return jax.jit(make_step(config), donate_argnums=0).lower(state, batch, *self.given).compile()
 
     def due(self, done: int) -> bool:
         """Whether something other than the next step follows step number `done`."""

@@ -16,7 +16,7 @@ from spectra_jax.sharding import Rules, gathered, in_mesh
 # Where a reshape leaves the batch is said every time: with one sequence (B = 1) it cannot be inferred.
 
 
-def _cut(x: Array, count: int, rules: Rules) -> Array:
+def cut(x: Array, count: int, rules: Rules) -> Array:
     """`x` (B, T, ...) cut along time into equal chunks of rows: (count, B*T/count, ...)."""
     B, T, *rest = x.shape
     kept = ("act",) * len(rest)
@@ -26,14 +26,15 @@ def _cut(x: Array, count: int, rules: Rules) -> Array:
 
 
 def _joined(chunks: Array, shape: tuple[int, ...], rules: Rules) -> Array:
-    """The inverse of `_cut`."""
+    """The inverse of `cut`."""
     B, T, *rest = shape
     kept, count = ("act",) * len(rest), chunks.shape[0]
     pieces = jnp.reshape(chunks, (count, B, T // count, *rest), out_sharding=rules(None, "batch", "time", *kept))
     return jnp.reshape(jnp.moveaxis(pieces, 0, 1), shape, out_sharding=rules("batch", "time", *kept))
 
 
-def _logits(x: Array, head: Array, rules: Rules) -> Float[Array, "R V"]:
+def logits_of_rows(x: Float[Array, "R D"], head: Float[Array, "D V"], rules: Rules) -> Float[Array, "R V"]:
+    """x @ head in float32; the vocabulary stays spread as the head is."""
     return jnp.einsum(
         "rd,dv->rv", x, head, preferred_element_type=jnp.float32, out_sharding=rules("batch", "vocab")
     )
@@ -54,11 +55,11 @@ def token_losses(
 
     def one(_: None, piece: tuple[Array, Array]) -> tuple[None, Array]:
         x, y = piece
-        logits = _logits(x, low, rules)
+        logits = logits_of_rows(x, low, rules)
         _, picked = _picked(logits, y)
         return None, jax.nn.logsumexp(logits, axis=-1) - picked
 
-    _, losses = jax.lax.scan(one, None, (_cut(hidden, chunks, rules), _cut(targets, chunks, rules)))
+    _, losses = jax.lax.scan(one, None, (cut(hidden, chunks, rules), cut(targets, chunks, rules)))
     return _joined(losses, targets.shape, rules)
 
 
@@ -84,7 +85,7 @@ def _forward(hidden, head, targets, chunks, rules, scale):
     def one(sums: tuple[Array, Array], piece: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
         total, d_head = sums
         x, y = piece
-        logits = _logits(x, low, rules)
+        logits = logits_of_rows(x, low, rules)
         hit, picked = _picked(logits, y)
         top = jnp.max(logits, axis=-1, keepdims=True)
         powers = jnp.exp(logits - top)  # taken once, for the loss and for its gradient
@@ -99,7 +100,7 @@ def _forward(hidden, head, targets, chunks, rules, scale):
 
     zero = gathered(jnp.zeros(head.shape, jnp.float32), rules(None, "vocab"))
     start = (jnp.zeros((), jnp.float32), zero if own is None else gathered(zero, own))
-    pieces = _cut(hidden, chunks, rules), _cut(targets, chunks, rules)
+    pieces = cut(hidden, chunks, rules), cut(targets, chunks, rules)
     (total, d_head), d_hidden = jax.lax.scan(one, start, pieces)
     # Added up before the backward pass of the blocks, beside which every device would keep the whole of its sum.
     d_hidden, d_head = jax.lax.optimization_barrier((d_hidden, gathered(d_head, rules("embed", "vocab"))))

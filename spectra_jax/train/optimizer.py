@@ -4,35 +4,95 @@ Learning rate and weight decay are functions of the step, not of the optimizer's
 optimizer untouched and the schedule on time.
 """
 
+from collections.abc import Callable
+
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from spectra_jax.schema import Optimizer
+from spectra_jax.errors import UserError, one_of
+from spectra_jax.schema import Optimizer, parse_rate
 
 
-def make_optimizer(o: Optimizer) -> optax.GradientTransformation:
-    """Clipping by global norm, then Adam's direction; states in float32."""
-    return optax.chain(
-        optax.clip_by_global_norm(o.clip),
-        optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps),
+def adam(o: Optimizer) -> optax.GradientTransformation:
+    """Adam's direction (arXiv 1412.6980); states in float32."""
+    return optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps)
+
+
+# A new optimizer is a function of the settings and a line here. Its `update` may take `rate`, the learning rate of
+# the step, by which the direction that it returns will be multiplied.
+DIRECTIONS: dict[str, Callable[[Optimizer], optax.GradientTransformation]] = {"adamw": adam}
+
+
+def make_optimizer(o: Optimizer) -> optax.GradientTransformationExtraArgs:
+    """Clipping by global norm, then the direction of the optimizer of this name.
+
+    Raises:
+      UserError: there is none; the message names the nearest.
+    """
+    direction = DIRECTIONS[one_of(o.name, DIRECTIONS, "config.optimizer.name")](o)
+    return optax.with_extra_args_support(optax.chain(optax.clip_by_global_norm(o.clip), direction))
+
+
+def split(o: Optimizer, parameters: PyTree) -> tuple[PyTree, PyTree]:
+    """What is trained and what is not, each with None in the places of the other.
+
+    Whole numbers never are trained; of the rest everything is, or what `only` names.
+
+    Raises:
+      UserError: nothing is left to train.
+    """
+
+    def trained(path: tuple, leaf: Array) -> bool:
+        return jnp.issubdtype(leaf.dtype, jnp.floating) and (not o.only or _named(path, o.only))
+
+    kept = jax.tree_util.tree_map_with_path(trained, parameters)
+    if not any(jax.tree.leaves(kept)):
+        names = sorted({_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(parameters)})
+        raise UserError(f"config.optimizer.only={','.join(o.only)} names no parameter; they are {', '.join(names)}")
+    return (
+        jax.tree.map(lambda leaf, keep: leaf if keep else None, parameters, kept),
+        jax.tree.map(lambda leaf, keep: None if keep else leaf, parameters, kept),
     )
+
+
+def joined(trained: PyTree, fixed: PyTree) -> PyTree:
+    """The inverse of `split`."""
+    return jax.tree.map(lambda a, b: b if a is None else a, trained, fixed, is_leaf=lambda leaf: leaf is None)
 
 
 def decay_mask(o: Optimizer, parameters: PyTree) -> PyTree:
     """Which parameters are decayed: those whose path holds none of `no_decay`."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not _named(path, o.no_decay), parameters)
 
-    def decayed(path: tuple, _: Array) -> bool:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        return not any(part in name for part in o.no_decay)
 
-    return jax.tree_util.tree_map_with_path(decayed, parameters)
+def rate_factors(o: Optimizer, parameters: PyTree) -> PyTree:
+    """By what the learning rate of each parameter is multiplied; the last of `rates` that names it decides."""
+    factors = dict(parse_rate(text) for text in o.rates)
+
+    def factor(path: tuple, _: Array) -> float:
+        return next((factors[part] for part in reversed(factors) if _named(path, (part,))), 1.0)
+
+    return jax.tree_util.tree_map_with_path(factor, parameters)
 
 
 def apply_updates(
-    parameters: PyTree, direction: PyTree, mask: PyTree, rate: Float[Array, ""], decay: Float[Array, ""]
+    parameters: PyTree, direction: PyTree, mask: PyTree, rate: Float[Array, ""], decay: Float[Array, ""],
+    factors: PyTree | None = None,
 ) -> PyTree:
     """p - rate * (direction + decay * p), decoupled weight decay (AdamW, arXiv 1711.05101, algorithm 2)."""
-    return jax.tree.map(
-        lambda p, d, decayed: p - rate * (d + decay * p if decayed else d), parameters, direction, mask
-    )
+    factors = jax.tree.map(lambda _: 1.0, parameters) if factors is None else factors
+
+    def updated(p: Array, d: Array, decayed: bool, factor: float) -> Array:
+        return p - (rate if factor == 1 else rate * factor) * (d + decay * p if decayed else d)
+
+    return jax.tree.map(updated, parameters, direction, mask, factors)
+
+
+def _named(path: tuple, parts: tuple[str, ...]) -> bool:
+    return any(part in _name(path) for part in parts)
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -6,32 +6,31 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
-from spectra_jax.model.parameters import apply, graphdef_of, init_parameters
+from spectra_jax.model.parameters import graphdef_of, init_parameters
 from spectra_jax.model.transformer import compute_dtype
 from spectra_jax.schema import Config
 from spectra_jax.sharding import Rules
-from spectra_jax.train.loss import mean_loss
 from spectra_jax.train.loss_scale import adapt, init_scaling, unscaled
-from spectra_jax.train.optimizer import apply_updates, decay_mask, make_optimizer
+from spectra_jax.train.objective import get_objective
+from spectra_jax.train.optimizer import apply_updates, decay_mask, joined, make_optimizer, rate_factors, split
 from spectra_jax.train.schedule import learning_rate, weight_decay
 from spectra_jax.train.spikes import init_window, judge
 
 State = dict[str, PyTree]
 
 
-def init_state(config: Config, key: Array, rules: Rules = Rules()) -> State:
+def init_state(config: Config, key: Array, rules: Rules = Rules(), parameters: PyTree | None = None) -> State:
     """Parameters, optimizer state, the number of steps done, recent losses, counts of skipped steps. To be jitted.
 
-    With float16 also "scaling", the loss scale.
+    With float16 also "scaling", the loss scale. Parameters are random unless they are given.
     """
-    parameters = init_parameters(config.model, key, rules)
+    parameters = init_parameters(config.model, key, rules) if parameters is None else parameters
     state = {
         "step": jnp.zeros((), jnp.int32),
         "parameters": parameters,
-        "optimizer": make_optimizer(config.optimizer).init(parameters),
+        "optimizer": make_optimizer(config.optimizer).init(split(config.optimizer, parameters)[0]),
         "window": init_window(config.train),
         "skipped": jnp.zeros((), jnp.int32),
         "skipped_in_a_row": jnp.zeros((), jnp.int32),
@@ -39,44 +38,42 @@ def init_state(config: Config, key: Array, rules: Rules = Rules()) -> State:
     return state | ({"scaling": init_scaling(config.train)} if compute_dtype(config.model) == jnp.float16 else {})
 
 
-def batch_loss(
-    graphdef: nnx.GraphDef, parameters: PyTree, tokens: Int[Array, "B T1"], chunks: int,
-    scale: Float[Array, ""] | None = None,
-) -> Float[Array, ""]:
-    """Mean loss in nats over a batch of records of T + 1 tokens; with a `scale` its gradient is that times as large."""
-    model = apply(graphdef, parameters)
-    return mean_loss(model.hidden(tokens[:, :-1]), model.head_matrix(), tokens[:, 1:], chunks, model.rules, scale)
-
-
 def make_step(config: Config, rules: Rules = Rules()) -> Callable[[State, Array], tuple[State, dict[str, Array]]]:
     """The training step: gradients over microbatches, a schedule, AdamW; a step that is skipped changes no weight.
 
-    The returned function takes the state (donate it) and records (batch, T + 1); its metrics are scalars on device.
+    The returned function takes the state (donate it), records (batch, T + 1), and whatever else the objective reads;
+    its metrics are scalars on device.
     "skipped" counts every step that was skipped, "skipped_in_a_row" those by no fault of float16's loss scale, which
     mends itself.
     """
     graphdef, optimizer = graphdef_of(config.model, rules), make_optimizer(config.optimizer)
-    loss_and_gradient = jax.value_and_grad(partial(batch_loss, graphdef, chunks=config.train.loss_chunks))
+    objective = get_objective(config, graphdef)
 
-    def step(state: State, tokens: Int[Array, "B T1"]) -> tuple[State, dict[str, Array]]:
-        parameters, scaling = state["parameters"], state.get("scaling")
-        scaled = partial(loss_and_gradient, scale=scaling and scaling["scale"])
+    def step(state: State, tokens: Int[Array, "B T1"], *given: PyTree) -> tuple[State, dict[str, Array]]:
+        (parameters, fixed), scaling = split(config.optimizer, state["parameters"]), state.get("scaling")
+
+        def loss_of(parameters: PyTree, tokens: Array) -> Array:
+            return objective(joined(parameters, fixed), tokens, *given, scale=scaling and scaling["scale"])
+
+        scaled = jax.value_and_grad(loss_of)
         loss, gradient = accumulate(scaled, parameters, tokens, config.train.accumulate)
         if scaling:
             gradient = unscaled(gradient, scaling["scale"])
         norm = optax.tree.norm(gradient)
         rate = learning_rate(config.schedule, config.steps, state["step"])
         decay = weight_decay(config.schedule, config.optimizer.weight_decay, config.steps, state["step"])
-        direction, optimizer_state = optimizer.update(gradient, state["optimizer"], parameters)
-        mask = decay_mask(config.optimizer, parameters)
+        direction, optimizer_state = optimizer.update(gradient, state["optimizer"], parameters, rate=rate)
+        mask, factors = decay_mask(config.optimizer, parameters), rate_factors(config.optimizer, parameters)
         updated = {
-            "parameters": apply_updates(parameters, direction, mask, rate, decay),
+            "parameters": apply_updates(parameters, direction, mask, rate, decay, factors),
             "optimizer": optimizer_state,
         }
         taken, window = judge(config.train, state["window"], loss, norm)
-        kept = jax.tree.map(partial(jnp.where, taken), updated, {name: state[name] for name in updated})
+        before = {"parameters": parameters, "optimizer": state["optimizer"]}
+        kept = jax.tree.map(partial(jnp.where, taken), updated, before)
         new = {
             **kept,
+            "parameters": joined(kept["parameters"], fixed),
             "step": state["step"] + 1,
             "window": window,
             "skipped": state["skipped"] + ~taken,

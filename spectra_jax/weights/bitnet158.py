@@ -32,7 +32,7 @@ class BitNet158(Rule):
         inverse = 1.0 / along(statistics.scale, w, shards)
         return jnp.clip(jnp.round(w * inverse), -1.0, 1.0).astype(jnp.int8)
 
-    def activation(self, x):
+    def activation(self, x, w=None):
         """Parameterless RMSNorm, then 8 bits per token with a straight-through gradient."""
         return quantize_tokens(rms_normalise(x, self.norm_eps), self.eps)
 

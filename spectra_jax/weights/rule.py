@@ -6,13 +6,14 @@ passes straight through: dL/dW = dL/dW_effective, with no clip mask and nothing 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from spectra_jax.sharding import gathered
+from spectra_jax.weights.form import Form
 from spectra_jax.weights.frozen import Frozen, expand
 
 
@@ -37,6 +38,10 @@ class Statistics:
     center: Float[Array, "S"] | None = None
 
 
+# A latent matrix, or a pytree of one with what a rule learns beside it.
+Latent = Any
+
+
 class Rule:
     """A way to represent a matrix. Subclasses are stateless; `statistics` and `codes` are all most need to give."""
 
@@ -47,6 +52,8 @@ class Rule:
     code_bits = 2
     #: Whether the product uses codes and scales rather than the latent weight.
     quantized = True
+    #: Whether codes may cross between devices in place of the matrix (gather.py): one scale per shard, nothing learned.
+    gathers = True
     #: Whether `activation` normalises its input, which replaces the norms before attention and MLP.
     normalises_input = False
 
@@ -58,8 +65,12 @@ class Rule:
         """The small integers that stand for the weights."""
         raise TypeError(f"weight rule {self.name} has no codes")
 
-    def activation(self, x: Float[Array, "*B m"]) -> Float[Array, "*B m"]:
-        """What the product does to its input first."""
+    def latent(self, w: Float[Array, "m n"], shards: Shards) -> Latent:
+        """What is trained for a matrix that begins as `w`: the matrix, or a pytree of it and of learned values."""
+        return w
+
+    def activation(self, x: Float[Array, "*B m"], w: Latent | Form | None = None) -> Float[Array, "*B m"]:
+        """What the product does to its input first; `w` for a rule that learns something for that."""
         return x
 
     def freeze(

@@ -10,11 +10,11 @@ import pytest
 from helpers import TINY, T, drawn, on_mesh
 
 from spectra_jax import config as configs
-from spectra_jax.model.parameters import init_parameters
+from spectra_jax.model.parameters import graphdef_of, init_parameters
 from spectra_jax.schema import Config, Model
 from spectra_jax.sharding import Rules, batch_sharding
 from spectra_jax.stored import abstract
-from spectra_jax.train.step import batch_loss, graphdef_of
+from spectra_jax.train.objective import batch_loss
 from spectra_jax.weights import get_rule
 from spectra_jax.weights.frozen import matmul
 from spectra_jax.weights.gather import Gathered, Gathering

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from helpers import drawn, on_mesh, tiny
 
-from spectra_jax.model.parameters import init_parameters
+from spectra_jax.model.parameters import graphdef_of, init_parameters
 from spectra_jax.stored import abstract
-from spectra_jax.train.step import batch_loss, graphdef_of
+from spectra_jax.train.objective import batch_loss
 
 WEIGHTS = {
     "ternary": ("model.weight=ternary", "model.scale_shards=2"), "binary": ("model.weight=binary",),
