@@ -27,6 +27,7 @@ PRESETS = {
     "llm_int8": {"method": "llm_int8", "bits": 8, "group": 0, "grid": "absmax", "scale_dtype": "float32"},
     "sparsegpt-50": {"method": "sparsegpt", "sparsity": 0.5},
     "sparsegpt-2of4": {"method": "sparsegpt", "pattern": "2:4"},
+    "magnitude-50": {"method": "magnitude", "sparsity": 0.5},
     "billm": {"method": "billm"},
     "pb-llm": {"method": "pbllm", "bits": 8, "salient": 0.1},
 }

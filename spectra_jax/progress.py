@@ -61,7 +61,7 @@ class ProgressLine:
         """`enabled`: False on every process but the first, where each call then does nothing."""
         self._total = total_steps
         self._stream = (stream or sys.stderr) if enabled else _Nowhere()
-        notebook = "ipykernel" in sys.modules and stream is None  # there "\r" works as on a terminal
+        notebook = stream is None and _in_notebook()  # there "\r" works as on a terminal
         self._live = enabled and (notebook or self._stream.isatty())
         self._shown = ""  # what stands on the terminal's current line
 
@@ -127,6 +127,12 @@ class ProgressLine:
         except OSError:
             columns = 0
         return (columns or shutil.get_terminal_size().columns) - 1
+
+
+def _in_notebook() -> bool:
+    """Whether a kernel runs this code; that its library is loaded is not enough."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 def _fit(fields: list[tuple[int, str]], width: int) -> str:

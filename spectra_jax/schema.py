@@ -92,6 +92,7 @@ class Optimizer:
     no_decay: tuple[str, ...] = ("norm",)
     # Of parameters whose path contains PART the learning rate is FACTOR times as high: ("PART=FACTOR", ...).
     rates: tuple[str, ...] = ()
+    keep_zeros: bool = False  # weights of block matrices that are 0 at the start are never trained (sparsity.py)
     only: tuple[str, ...] = ()  # only parameters whose path contains one of these are trained; empty: all
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from spectra_jax.schema import Model
 from spectra_jax.weights import get_rule
 from spectra_jax.weights.form import Form
-from spectra_jax.weights.rule import Shards, Statistics
+from spectra_jax.weights.rule import Latent, Shards, Statistics
 
 # Module and name, with the axis that model-parallel shards cut (0: in, 1: out).
 MATRICES = {
@@ -29,7 +29,7 @@ def shards_of(m: Model, key: Key) -> Shards:
     return Shards(m.scale_shards, MATRICES[key])
 
 
-def stacked_statistics(m: Model, ws: Mapping[Key, Array | Form]) -> dict[Key, Statistics | None]:
+def stacked_statistics(m: Model, ws: Mapping[Key, Latent | Form]) -> dict[Key, Statistics | None]:
     """Statistics of every kind of matrix, stacked over layers: leaves (L, S).
 
     None where there is nothing to take: a rule without scales, or a frozen weight that holds them already.
@@ -56,7 +56,7 @@ def stacked_statistics(m: Model, ws: Mapping[Key, Array | Form]) -> dict[Key, St
 
 
 def stacked_codes(
-    m: Model, ws: Mapping[Key, Array], statistics: Mapping[Key, Statistics]
+    m: Model, ws: Mapping[Key, Latent], statistics: Mapping[Key, Statistics]
 ) -> dict[Key, Array]:
     """Codes of every kind of latent matrix, stacked over layers: (L, in, out) int8."""
     rule = get_rule(m.weight)

@@ -3,10 +3,10 @@
 Training, checkpoints, optimizers and quantizers see only the dict; `nnx.merge(graphdef, parameters)` is the model.
 """
 
+from collections.abc import Mapping
 from functools import partial
 
 import jax
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, PyTree
 
@@ -17,6 +17,7 @@ from spectra_jax.sharding import Rules
 from spectra_jax.suite import Parameters, count_parameters
 from spectra_jax.weights import get_rule
 from spectra_jax.weights.form import Form
+from spectra_jax.weights.rule import Latent
 
 
 def graphdef_of(m: Model, rules: Rules = Rules()) -> nnx.GraphDef:
@@ -42,13 +43,13 @@ def count(m: Model) -> Parameters:
     )
 
 
-def block_matrices(parameters: dict) -> dict[Key, Array | np.ndarray | Form | jax.ShapeDtypeStruct]:
+def block_matrices(parameters: dict) -> dict[Key, Latent | Form]:
     """The stacked matrices (L, in, out) of every kind, latent or frozen, also on the host, or their shapes."""
     return {(module, name): parameters["blocks"][module][name]["w"] for module, name in MATRICES}
 
 
 @partial(jax.jit, static_argnums=0)  # as training is: op by op, XLA rounds the last bit of the scales otherwise
-def _frozen_matrices(m: Model, ws: dict[Key, Array]) -> dict[Key, Form]:
+def _frozen_matrices(m: Model, ws: dict[Key, Latent]) -> dict[Key, Form]:
     rule, statistics = get_rule(m.weight), stacked_statistics(m, ws)
     return {
         key: jax.vmap(partial(rule.freeze, shards=shards_of(m, key)))(w, statistics[key]) for key, w in ws.items()
@@ -66,7 +67,7 @@ def freeze(m: Model, parameters: dict) -> dict:
     return {**parameters, "blocks": with_matrices(parameters["blocks"], frozen)}
 
 
-def with_matrices(blocks: dict, matrices: dict[Key, Array | Form]) -> dict:
+def with_matrices(blocks: dict, matrices: Mapping[Key, Latent | Form]) -> dict:
     """The parameters of blocks (or of one) with some matrices replaced."""
     blocks = {name: dict(node) for name, node in blocks.items()}
     for (module, name), w in matrices.items():

@@ -12,6 +12,7 @@ from spectra_jax.quantize.billm import billm
 from spectra_jax.quantize.blockwise import TYPES, blockwise
 from spectra_jax.quantize.gptq import gptq
 from spectra_jax.quantize.grids import GRIDS
+from spectra_jax.quantize.magnitude import magnitude
 from spectra_jax.quantize.pbllm import pbllm
 from spectra_jax.quantize.rtn import rtn
 from spectra_jax.quantize.smooth import OUTLIER, smooth, w8a8
@@ -46,6 +47,7 @@ METHODS: dict[str, Method] = {
     "llm_int8": Method(partial(w8a8, threshold=OUTLIER), grids=GRIDS),
     "sparsegpt": Method(sparsegpt, hessian=True),
     "sparsegpt_quantized": Method(sparsegpt_quantized, hessian=True),
+    "magnitude": Method(magnitude),
     "billm": Method(billm, hessian=True),
     "pbllm": Method(pbllm, hessian=True),
 }

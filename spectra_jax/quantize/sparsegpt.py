@@ -84,7 +84,7 @@ def between_0_and_1(value: float, key: str, fix: str) -> float:
 def _pruned(
     w: Float[Array, "m n"], h: Float[Array, "m m"], q: Quantize, levels: grids.Levels | None, name: str
 ) -> Float[Array, "m n"]:
-    pattern = _parse_pattern(q, w.shape[0], name)
+    pattern = parse_pattern(q, w.shape[0], name)
     if not pattern:
         between_0_and_1(q.sparsity, "sparsity", "0.5 is half of them; for none use --config.quantize.method=gptq")
         w, levels = jax.tree.map(gathered, (w, levels))  # the weights of all outputs compete
@@ -92,7 +92,12 @@ def _pruned(
     return _solve(alive, u, levels, q, pattern, w.shape[0])
 
 
-def _parse_pattern(q: Quantize, inputs: int, name: str) -> Pattern | None:
+def parse_pattern(q: Quantize, inputs: int, name: str) -> Pattern | None:
+    """N and M of `q.pattern`, if there is one.
+
+    Raises:
+      UserError: it is no pattern, or M does not divide the inputs.
+    """
     if not q.pattern:
         return None
     found = re.fullmatch(r"(\d+):(\d+)", q.pattern)
@@ -131,7 +136,7 @@ def _solve(
 
     def choose(drop: Array, place: Array, row: Array, ahead: Ahead) -> tuple[Array, Array]:
         if pattern:
-            lowest = lambda: _lowest(scores(ahead(size), place), pattern[0])  # noqa: E731
+            lowest = lambda: lowest(scores(ahead(size), place), pattern[0])  # noqa: E731
             drop = jax.lax.cond(place % size == 0, lowest, lambda: drop)
         kept = row.astype(q.scale_dtype).astype(row.dtype)
         if levels is not None:
@@ -151,7 +156,7 @@ def _lowest_share(scores: Float[Array, "b n"], share: float, place: Array, input
     return scores <= jnp.sort(scores.ravel())[last]
 
 
-def _lowest(scores: Float[Array, "k n"], count: int) -> Bool[Array, "k n"]:
+def lowest(scores: Float[Array, "k n"], count: int) -> Bool[Array, "k n"]:
     """The `count` lowest scores of each output; of equal ones, the first inputs'."""
     k = jnp.arange(scores.shape[0])
     one, other = scores[:, None], scores[None]

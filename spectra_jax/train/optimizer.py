@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from spectra_jax.errors import UserError, one_of
 from spectra_jax.schema import Optimizer, parse_rate
+from spectra_jax.train.sparsity import keep_zeros
 
 
 def adam(o: Optimizer) -> optax.GradientTransformation:
@@ -32,7 +33,8 @@ def make_optimizer(o: Optimizer) -> optax.GradientTransformationExtraArgs:
       UserError: there is none; the message names the nearest.
     """
     direction = DIRECTIONS[one_of(o.name, DIRECTIONS, "config.optimizer.name")](o)
-    return optax.with_extra_args_support(optax.chain(optax.clip_by_global_norm(o.clip), direction))
+    whole = optax.with_extra_args_support(optax.chain(optax.clip_by_global_norm(o.clip), direction))
+    return keep_zeros(whole) if o.keep_zeros else whole
 
 
 def split(o: Optimizer, parameters: PyTree) -> tuple[PyTree, PyTree]:

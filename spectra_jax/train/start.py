@@ -13,6 +13,7 @@ from spectra_jax.model.parameters import block_matrices, freeze, with_matrices
 from spectra_jax.schema import Config, Model
 from spectra_jax.serve.load import Loaded, load
 from spectra_jax.train.distillation import Teacher
+from spectra_jax.train.sparsity import check_zeros
 from spectra_jax.train.step import State, init_state
 from spectra_jax.weights import get_rule
 from spectra_jax.weights.form import is_form
@@ -28,7 +29,11 @@ def first_state(config: Config, mesh: Mesh, key: Array, loader: Loader) -> State
     """
     init = jax.jit(partial(init_state, config))
     state = init(key)
-    return init(key, parameters=started(config, mesh, state["parameters"], loader)) if config.train.start else state
+    if config.train.start:
+        state = init(key, parameters=started(config, mesh, state["parameters"], loader))
+    if config.optimizer.keep_zeros:
+        check_zeros(state["optimizer"].mask)
+    return state
 
 
 def started(config: Config, mesh: Mesh, fresh: dict, loader: Loader) -> dict:

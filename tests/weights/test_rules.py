@@ -163,9 +163,8 @@ def test_unknown_rule():
         UserError, match="model.weight='trenary' is not one of float, .*; did you mean ternary?"
     ):
         get_rule("trenary")
-    assert set(RULES) == {"float", "ternary", "binary", "bitnet158"}
-    assert {name: RULES[name].paper_bits for name in RULES} == {
-        "float": 16, "ternary": 1.58, "binary": 1, "bitnet158": 1.58
+    assert {name: rule.paper_bits for name, rule in RULES.items()} == {
+        "float": 16, "ternary": 1.58, "binary": 1, "bitnet158": 1.58, "dlt": 1.58, "lrqat": 4, "sparse": 16,
     }  # fmt: skip
 
 
