@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 from spectra_jax.data.loader import Loader
 from spectra_jax.errors import UserError
 from spectra_jax.model.matrices import shards_of
-from spectra_jax.model.parameters import block_matrices, freeze, with_matrices
+from spectra_jax.model.parameters import block_matrices, with_matrices
 from spectra_jax.schema import Config, Model
 from spectra_jax.serve.load import Loaded, load
 from spectra_jax.train.distillation import Teacher
@@ -49,7 +49,9 @@ def started(config: Config, mesh: Mesh, fresh: dict, loader: Loader) -> dict:
     source = load(config.train.start, latent=None)
     loader.check_tokenizer(source.tokenizer)
     _refuse_other_shape(config.model, source, config.train.start)
-    parameters = _placed(dense(source.parameters), mesh)
+    with jax.set_mesh(source.mesh):
+        whole = dense(source.parameters)
+    parameters = _placed(whole, mesh)
 
     def build(parameters: dict, fresh: dict) -> dict:
         m, make = config.model, get_rule(config.model.weight).latent
@@ -81,7 +83,7 @@ def teachers(config: Config, mesh: Mesh, loader: Loader) -> tuple[Teacher, ...]:
             f"the teacher {config.distill.teacher} has {', '.join(other)}: logits are compared over one vocabulary, "
             "features between blocks of one width and number; use --config.distill.features=0 for logits alone"
         )
-    return (Teacher(source.graphdef, _placed(freeze(theirs, source.parameters), mesh)),)
+    return (Teacher(source.graphdef, _placed(source.parameters, mesh)),)
 
 
 def dense(parameters: dict) -> dict:
