@@ -13,7 +13,7 @@ from jaxtyping import Array
 from spectra_jax.schema import Model
 from spectra_jax.weights import get_rule
 from spectra_jax.weights.form import Form
-from spectra_jax.weights.rule import Shards, Statistics
+from spectra_jax.weights.rule import Latent, Shards, Statistics
 
 # Module and name, with the axis that model-parallel shards cut (0: in, 1: out).
 MATRICES = {
@@ -29,7 +29,18 @@ def shards_of(m: Model, key: Key) -> Shards:
     return Shards(m.scale_shards, MATRICES[key])
 
 
-def stacked_statistics(m: Model, ws: Mapping[Key, Array | Form]) -> dict[Key, Statistics | None]:
+def shape_of(m: Model, key: Key) -> tuple[int, int]:
+    """(in, out) of a matrix of this kind."""
+    wide = {"q": m.N * m.H, "k": m.K * m.H, "v": m.K * m.H, "o": m.N * m.H}.get(key[1], m.F)
+    return (m.D, wide) if MATRICES[key] else (wide, m.D)
+
+
+def residual_std(m: Model) -> float:
+    """Initial deviation of the matrices that write to the residual stream."""
+    return m.init_std / (2 * m.L) ** 0.5 if m.init_residual_scaling else m.init_std
+
+
+def stacked_statistics(m: Model, ws: Mapping[Key, Latent | Form]) -> dict[Key, Statistics | None]:
     """Statistics of every kind of matrix, stacked over layers: leaves (L, S).
 
     None where there is nothing to take: a rule without scales, or a frozen weight that holds them already.
@@ -52,11 +63,14 @@ def stacked_statistics(m: Model, ws: Mapping[Key, Array | Form]) -> dict[Key, St
     if m.share_qkv_scale:
         qkv = [("attention", name) for name in "qkv"]
         found |= dict.fromkeys(qkv, take(*qkv))
+    if m.share_glu_scale:
+        glu = [("mlp", name) for name in ("gate", "up")]
+        found |= dict.fromkeys(glu, take(*glu))
     return found
 
 
 def stacked_codes(
-    m: Model, ws: Mapping[Key, Array], statistics: Mapping[Key, Statistics]
+    m: Model, ws: Mapping[Key, Latent], statistics: Mapping[Key, Statistics]
 ) -> dict[Key, Array]:
     """Codes of every kind of latent matrix, stacked over layers: (L, in, out) int8."""
     rule = get_rule(m.weight)

@@ -3,6 +3,7 @@
 Training, checkpoints, optimizers and quantizers see only the dict; `nnx.merge(graphdef, parameters)` is the model.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -10,13 +11,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, PyTree
 
-from spectra_jax.model.matrices import MATRICES, Key, shards_of, stacked_statistics
-from spectra_jax.model.transformer import Transformer
+from spectra_jax.model.matrices import MATRICES, Key, shape_of, shards_of, stacked_statistics
+from spectra_jax.model.transformer import Transformer, get_mixer
 from spectra_jax.schema import Model
 from spectra_jax.sharding import Rules
 from spectra_jax.suite import Parameters, count_parameters
 from spectra_jax.weights import get_rule
 from spectra_jax.weights.form import Form
+from spectra_jax.weights.rule import Latent
 
 
 def graphdef_of(m: Model, rules: Rules = Rules()) -> nnx.GraphDef:
@@ -36,19 +38,28 @@ def apply(graphdef: nnx.GraphDef, parameters: PyTree) -> Transformer:
 
 def count(m: Model) -> Parameters:
     """Parameters of a model by kind."""
-    return count_parameters(
-        D=m.D, F=m.F, N=m.N, K=m.K, H=m.H, L=m.L, V=m.V,
-        tied=m.tie_embeddings, block_norms=not get_rule(m.weight).normalises_input,
+    rule = get_rule(m.weight)
+    found = count_parameters(
+        D=m.D, F=m.F, N=m.N, K=m.K, H=m.H, L=m.L, V=m.V, tied=m.tie_embeddings, block_norms=not rule.normalises_input,
     )
+    beside = get_mixer(m.mixer).learned(m) + sum(rule.learned(*shape_of(m, key)) for key in MATRICES)
+    return replace(found, norm=found.norm + m.L * beside)
 
 
-def block_matrices(parameters: dict) -> dict[Key, Array | np.ndarray | Form | jax.ShapeDtypeStruct]:
+def block_matrices(parameters: dict) -> dict[Key, Latent | np.ndarray | Form | jax.ShapeDtypeStruct]:
     """The stacked matrices (L, in, out) of every kind, latent or frozen, also on the host, or their shapes."""
     return {(module, name): parameters["blocks"][module][name]["w"] for module, name in MATRICES}
 
 
+def plain(m: Model, parameters: dict) -> dict:
+    """The parameters without what the weight rule learns beside its matrices; stored forms stay as they are."""
+    matrix = get_rule(m.weight).matrix
+    ws = {key: w if isinstance(w, Form) else matrix(w) for key, w in block_matrices(parameters).items()}
+    return {**parameters, "blocks": with_matrices(parameters["blocks"], ws)}
+
+
 @partial(jax.jit, static_argnums=0)  # as training is: op by op, XLA rounds the last bit of the scales otherwise
-def _frozen_matrices(m: Model, ws: dict[Key, Array]) -> dict[Key, Form]:
+def _frozen_matrices(m: Model, ws: dict[Key, Latent]) -> dict[Key, Form]:
     rule, statistics = get_rule(m.weight), stacked_statistics(m, ws)
     return {
         key: jax.vmap(partial(rule.freeze, shards=shards_of(m, key)))(w, statistics[key]) for key, w in ws.items()
@@ -66,7 +77,7 @@ def freeze(m: Model, parameters: dict) -> dict:
     return {**parameters, "blocks": with_matrices(parameters["blocks"], frozen)}
 
 
-def with_matrices(blocks: dict, matrices: dict[Key, Array | Form]) -> dict:
+def with_matrices(blocks: dict, matrices: dict[Key, Latent | Form]) -> dict:
     """The parameters of blocks (or of one) with some matrices replaced."""
     blocks = {name: dict(node) for name, node in blocks.items()}
     for (module, name), w in matrices.items():

@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 from spectra_jax.data.loader import Loader
 from spectra_jax.errors import UserError
 from spectra_jax.model.matrices import shards_of
-from spectra_jax.model.parameters import block_matrices, freeze, with_matrices
+from spectra_jax.model.parameters import block_matrices, freeze, plain, with_matrices
 from spectra_jax.schema import Config, Model
 from spectra_jax.serve.load import Loaded, load
 from spectra_jax.train.distillation import Teacher
@@ -17,7 +17,7 @@ from spectra_jax.train.step import State, init_state
 from spectra_jax.weights import get_rule
 from spectra_jax.weights.form import is_form
 
-SHAPE = ("V", "D", "F", "L", "N", "K", "H", "tie_embeddings")
+SHAPE = ("V", "D", "F", "L", "N", "K", "H", "tie_embeddings", "mixer")
 
 
 def first_state(config: Config, mesh: Mesh, key: Array, loader: Loader) -> State:
@@ -44,7 +44,7 @@ def started(config: Config, mesh: Mesh, fresh: dict, loader: Loader) -> dict:
     source = load(config.train.start, latent=None)
     loader.check_tokenizer(source.tokenizer)
     _refuse_other_shape(config.model, source, config.train.start)
-    parameters = _placed(dense(source.parameters), mesh)
+    parameters = _placed(dense(plain(source.config.model, source.parameters)), mesh)
 
     def build(parameters: dict, fresh: dict) -> dict:
         m, make = config.model, get_rule(config.model.weight).latent

@@ -6,12 +6,13 @@ A new rule is a new file with a `Rule` and a line here.
 from spectra_jax.errors import one_of
 from spectra_jax.weights import codebook, grid, masked, tables  # noqa: F401  (a checkpoint names its forms)
 from spectra_jax.weights.binary import Binary
+from spectra_jax.weights.bitlinear import BitLinear
 from spectra_jax.weights.bitnet158 import BitNet158
 from spectra_jax.weights.float import Float
 from spectra_jax.weights.rule import Rule
 from spectra_jax.weights.ternary import Ternary
 
-RULES: dict[str, Rule] = {rule.name: rule for rule in (Float(), Ternary(), Binary(), BitNet158())}
+RULES: dict[str, Rule] = {rule.name: rule for rule in (Float(), Ternary(), Binary(), BitNet158(), BitLinear())}
 
 
 def get_rule(name: str) -> Rule:
