@@ -38,6 +38,10 @@ def check(config: Config) -> Config:
     one_of(s.shape, ("cosine", "linear"), "config.schedule.shape")
     one_of(s.lowering, ("jump", "continuous"), "config.schedule.lowering")
     _check_mixer(m)
+    _require(
+        not (m.quantized_head and m.tie_embeddings),
+        "config.model.quantized_head=True: a head that is the embedding stays float; use tie_embeddings=False",
+    )
     _require(m.H % 2 == 0, f"config.model.H={m.H} must be even: rotary embeddings turn pairs of dimensions")
     _require(m.N % m.K == 0, f"config.model.N={m.N} is not divisible by config.model.K={m.K} (query heads per kv head)")
     for name, size in (("F", m.F), ("N*H", m.N * m.H), ("K*H", m.K * m.H)):

@@ -28,6 +28,7 @@ class Model:
     rope_base: float = 10_000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    quantized_head: bool = False  # the head is a matrix under the weight rule too
     init_std: float = 0.02  # not stated in the paper; the field's usual value
     # GPT-2's 1/sqrt(2L) on the matrices that write to the residual stream; not stated in the paper
     init_residual_scaling: bool = True

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from spectra_jax.schema import Model
 from spectra_jax.weights import get_rule
 from spectra_jax.weights.form import Form
-from spectra_jax.weights.rule import Latent, Shards, Statistics
+from spectra_jax.weights.rule import Latent, Rule, Shards, Statistics
 
 # Module and name, with the axis that model-parallel shards cut (0: in, 1: out).
 MATRICES = {
@@ -22,6 +22,7 @@ MATRICES = {
 }
 
 Key = tuple[str, str]
+HEAD = Shards()  # of a quantized head: one scale
 
 
 def shards_of(m: Model, key: Key) -> Shards:
@@ -67,6 +68,11 @@ def stacked_statistics(m: Model, ws: Mapping[Key, Latent | Form]) -> dict[Key, S
         glu = [("mlp", name) for name in ("gate", "up")]
         found |= dict.fromkeys(glu, take(*glu))
     return found
+
+
+def head_statistics(rule: Rule, head: Latent) -> Statistics | None:
+    """Those of a head under the weight rule."""
+    return rule.statistics([jax.lax.stop_gradient(head)], HEAD) if rule.quantized else None
 
 
 def stacked_codes(

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from spectra_jax.errors import one_of
 from spectra_jax.model.attention import get_attention
 from spectra_jax.model.layers import Linear, RMSNorm, rotary_tables, rotary_tables_at, rotate
-from spectra_jax.model.matrices import MATRICES, Key, residual_std, shards_of, stacked_statistics
+from spectra_jax.model.matrices import HEAD, MATRICES, Key, head_statistics, residual_std, shards_of, stacked_statistics
 from spectra_jax.model.mlgru import MLGRU
 from spectra_jax.schema import Model
 from spectra_jax.sharding import Rules, gathered
@@ -161,9 +161,8 @@ class Transformer(nnx.Module):
         self.blocks = jax.vmap(lambda r: Block(m, rules, rngs=r))(rngs.split(m.L))
         self.norm = RMSNorm(m.D, m.norm_eps)
         if not m.tie_embeddings:
-            self.head = nnx.Param(
-                init(rngs.params(), (m.D, m.V), jnp.float32, out_sharding=rules("embed", "vocab"))
-            )
+            head = init(rngs.params(), (m.D, m.V), jnp.float32, out_sharding=rules("embed", "vocab"))
+            self.head = nnx.Param(get_rule(m.weight).latent(head, HEAD) if m.quantized_head else head)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What the first block reads, in the compute dtype."""
@@ -177,7 +176,7 @@ class Transformer(nnx.Module):
     def hidden(
         self, tokens: Int[Array, "B T"], attend: Attend | None = None, positions: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
-        """The normalised states from which the head predicts, in the compute dtype.
+        """The normalised states that the head multiplies, in the compute dtype.
 
         Args:
           attend: replaces the mixer's way over time; block matrices must be frozen or float then.
@@ -191,7 +190,7 @@ class Transformer(nnx.Module):
             for i in range(m.L):  # not scanned: a layer's keys and values are then written in place (serve/cache.py)
                 of_layers = jax.tree.map(itemgetter(i), over_layers)
                 x = self.layer(i)(x, tables, dict.fromkeys(MATRICES), of_layers, attend)
-            return self.norm(x)
+            return self._normal(x)
         return self._scanned(x, tables, features=False)[0]
 
     def features(self, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T D"], Float[Array, "L B T D"]]:
@@ -211,7 +210,16 @@ class Transformer(nnx.Module):
             block = jax.checkpoint(block, policy=REMAT[m.remat], prevent_cse=m.unroll > 1)
         layers = self.blocks, self.scales(), self.blocks.attention.over_layers()
         x, found = jax.lax.scan(block, x, layers, unroll=min(m.unroll, m.L))
-        return self.norm(x), found
+        return self._normal(x), found
+
+    def _normal(self, x: Array) -> Array:
+        """With what the weight rule does to the input of a quantized head."""
+        x = self.norm(x)
+        if self.m.quantized_head:
+            head = self.head.get_value()
+            x = get_rule(self.m.weight).activation(x, head)
+            x = head.activation(x) if isinstance(head, Form) else x
+        return x
 
     def layer(self, i: int) -> Block:
         """One block; its parameters are cut from stacked ones, or taken from tuples with one array or form a layer."""
@@ -224,7 +232,12 @@ class Transformer(nnx.Module):
 
     def head_matrix(self) -> Float[Array, "D V"]:
         """The matrix that turns hidden states into logits."""
-        return self.embedding[...].T if self.m.tie_embeddings else self.head[...]
+        if self.m.tie_embeddings:
+            return self.embedding[...].T
+        if not self.m.quantized_head:
+            return self.head[...]
+        rule, head = get_rule(self.m.weight), self.head.get_value()
+        return head.dequantize() if isinstance(head, Form) else rule.effective(head, head_statistics(rule, head), HEAD)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits of the next token at every position, in float32."""
@@ -233,8 +246,9 @@ class Transformer(nnx.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """What the head makes of the states of `hidden`."""
         spec = self.rules("batch", "time", "vocab")
-        if not self.m.tie_embeddings and isinstance(head := self.head.get_value(), Form):
-            return matmul(hidden.astype(jnp.float32), head, spec)
+        head = None if self.m.tie_embeddings else self.head.get_value()
+        if isinstance(head, Form) and type(head.core).product is not Form.product:
+            return matmul(hidden.astype(jnp.float32), head.core, spec)
         return jnp.einsum(
             "btd,dv->btv",
             hidden,

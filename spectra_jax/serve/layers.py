@@ -54,13 +54,16 @@ def by_layer(m: Model, parameters: PyTree, *, release: bool = False) -> PyTree:
         return found
 
     blocks = jax.tree_util.tree_map_with_path(apart, parameters["blocks"], is_leaf=is_form)
-    rest = {name: parameters[name].astype(dtype) for name in ("embedding", "head") if name in parameters}
+    rest = {name: _ready(parameters[name], dtype) for name in ("embedding", "head") if name in parameters}
     return {**parameters, **rest, "blocks": blocks}
 
 
 def _layer(stacked: Array | Form, i: int | Array, dtype: jnp.dtype | None) -> Array | Form:
     """One layer's; a matrix ready to multiply if a dtype is given."""
-    w = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), stacked)
+    return _ready(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), stacked), dtype)
+
+
+def _ready(w: Array | Form, dtype: jnp.dtype | None) -> Array | Form:
     if is_form(w) and type(core := w.core).product is Form.product:
         return w.with_core(Dense(core.dequantize().astype(dtype), jax.tree.map(lambda _: None, core)))
     return w if is_form(w) or dtype is None else w.astype(dtype)

@@ -8,7 +8,7 @@ from jaxtyping import Array, PyTree
 
 from spectra_jax.data.loader import Loader
 from spectra_jax.errors import UserError
-from spectra_jax.model.matrices import shards_of
+from spectra_jax.model.matrices import HEAD, shards_of
 from spectra_jax.model.parameters import block_matrices, freeze, plain, with_matrices
 from spectra_jax.schema import Config, Model
 from spectra_jax.serve.load import Loaded, load
@@ -52,6 +52,7 @@ def started(config: Config, mesh: Mesh, fresh: dict, loader: Loader) -> dict:
         latent = {key: jax.vmap(partial(make, shards=shards_of(m, key)))(w) for key, w in ws.items()}
         blocks = {name: parameters["blocks"].get(name, node) for name, node in fresh["blocks"].items()}
         rest = {name: parameters[name] for name in fresh if name != "blocks"}
+        rest |= {"head": make(rest["head"], HEAD)} if m.quantized_head else {}
         return {**rest, "blocks": with_matrices(blocks, latent)}
 
     placed = jax.tree.map(lambda leaf: leaf.sharding, fresh)
