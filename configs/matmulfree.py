@@ -6,8 +6,8 @@ Chips:    not measured; the matrices are a TriLM's of the same width and depth, 
 Loss:     not published as numbers; average zero-shot 40.3, 46.2, 49.9 (as recalled), Transformer++ 41.1, 48.0, 50.7
 Answers:  the MatMul-free rows of arXiv 2406.02528, Table 1
 
-The paper's gate and up are one matrix with one norm on its input. Here they are two: their scale is shared, and each has
-a gain of its own.
+The paper's gate and up are one matrix with one norm on its input. Here they are two: their scale is shared, and each
+has a gain of its own.
 """
 
 from spectra_jax import config, suite

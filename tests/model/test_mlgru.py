@@ -1,5 +1,7 @@
 """The MatMul-free LM against PyTorch in float64, written from the paper's equations (arXiv 2406.02528)."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,7 @@ SMALL = Model(
     share_glu_scale=True, attention_blocks=1,
 )
 B, T = 2, 6
+MESHES = [Mesh(1, 1, 1), Mesh(1, 4, 2), Mesh(2, 2, 2)]
 TIES = []  # how far the float64 model's activations and weights stay from half-way between two codes
 
 
@@ -87,12 +90,12 @@ def reference(m, parameters, tokens, targets):
     logits = bit(rms(h, p["norm"]["gain"]), p["head"])
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(targets).flatten())
     loss.backward()
-    # The last row of P cancels out of every bound but by the sum that it is part of.
     return logits.detach().numpy(), loss.item(), jax.tree.unflatten(tree, [x.grad.numpy() for x in leaves])
 
 
 def loss_of(graphdef, parameters, tokens, targets):
     """Mean loss by the head's own product, and the logits."""
+    tokens, targets = jnp.asarray(tokens), jnp.asarray(targets)
     logits = trees.apply(graphdef, parameters)(tokens)
     here = targets[..., None] == jnp.arange(logits.shape[-1])[None, None]
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(here, logits, 0), axis=-1)), logits
@@ -121,3 +124,91 @@ def test_logits_and_all_gradients(build):
         np.testing.assert_allclose(g, g64, atol=2e-5 * np.abs(g64).max(), err_msg=jax.tree_util.keystr(path))
     frozen = jax.jit(lambda p: loss_of(graphdef, p, tokens, targets)[1])(trees.freeze(SMALL, parameters))
     np.testing.assert_array_equal(frozen, logits)
+
+
+@pytest.mark.parametrize("T", [1, 2, 13, 64])
+def test_the_recurrence_is_the_sequential_one(T):
+    """In float64, one token after the other, forward and backward; gates from nearly closed to nearly open."""
+    rng = np.random.default_rng(T)
+    f, i, g = 1 / (1 + np.exp(-4 * rng.standard_normal((3, T, 5)))), *rng.standard_normal((2, 3, T, 5))
+    h, dh, df, di = np.zeros_like(f), np.zeros((3, 5)), np.zeros_like(f), np.zeros_like(f)
+    for t in range(T):
+        h[:, t] = (f[:, t] * h[:, t - 1] if t else 0) + i[:, t]
+    for t in reversed(range(T)):
+        dh = g[:, t] + (f[:, t + 1] * dh if t + 1 < T else 0)
+        df[:, t], di[:, t] = dh * (h[:, t - 1] if t else 0), dh
+    found, back = jax.vjp(jax.jit(recurrence), *(jnp.asarray(x, jnp.float32) for x in (f, i)))
+    np.testing.assert_allclose(found, h, atol=2e-6 * np.abs(h).max())
+    for mine, expected in zip(back(jnp.asarray(g, jnp.float32)), (df, di)):
+        np.testing.assert_allclose(mine, expected, atol=2e-6 * max(np.abs(expected).max(), 1))
+
+
+def test_lower_bounds(build):
+    """None in the first layer, 1 - softmax(P)[0] in the last, and never falling in between."""
+    m = replace(SMALL, L=5)
+    graphdef, parameters = build(m, std=1.0)
+    P = np.asarray(parameters["blocks"]["attention"]["lower_bound"], np.float64)
+    found = np.asarray(trees.apply(graphdef, parameters).blocks.attention.over_layers())
+    assert np.all(found[0] == 0) and np.all(np.diff(found, axis=0) > 0)
+    np.testing.assert_allclose(found[-1], 1 - np.exp(P[0]) / np.exp(P).sum(0), rtol=1e-5)
+
+
+def test_a_mixer_of_float_matrices_is_causal(build):
+    """The other rules have it too; what a token's logits depend on, and remat and unrolling change nothing."""
+    m = replace(SMALL, weight="float", quantized_head=False)
+    graphdef, parameters = build(m)
+    tokens = jnp.asarray(records(m))
+    hidden = jax.jit(trees.apply(graphdef, parameters).hidden)
+    plain = np.asarray(hidden(tokens))
+    moved = np.abs(plain - hidden(tokens.at[:, 3].add(1))).max((0, 2))
+    assert np.all(moved[:3] == 0) and np.all(moved[3:] > 1e-4)
+    for changes in ({"remat": "full"}, {"unroll": 3}):
+        other = trees.apply(trees.graphdef_of(replace(m, **changes)), parameters).hidden(tokens)
+        np.testing.assert_allclose(other, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", ["ternary", "bitlinear"])
+def test_meshes_give_one_answer(build, weight):
+    """Where activations are rounded to 8 bits, the order of a sum may carry one over a tie: hence that bound."""
+    m = replace(SMALL, weight=weight, D=16, N=4, K=4, H=4, F=24)
+    graphdef, parameters = build(m)
+    tokens, found = records(m, 8), []
+    for mesh in MESHES:
+        devices = jax.devices()[: mesh.slice * mesh.data * mesh.model]
+        config = Config(model=m, data=Data(T=T, batch=8), train=Train(loss_chunks=1), mesh=mesh)
+        spread = make_mesh(config, devices)
+        with jax.set_mesh(spread):
+            like = jax.eval_shape(lambda key: trees.init_parameters(m, key), jax.random.key(0))
+            placed = jax.tree.map(
+                lambda w, s: jax.device_put(w, NamedSharding(spread, s.sharding.spec)), parameters, like
+            )
+            batch = jax.device_put(jnp.asarray(tokens), batch_sharding(spread))
+            step = jax.jit(jax.value_and_grad(lambda p, b: loss_of(graphdef, p, b[:, :-1], b[:, 1:])[0]))
+            loss, gradients = step(placed, batch)
+            assert jax.tree.map(lambda x: x.sharding.spec, gradients) == jax.tree.map(
+                lambda x: x.sharding.spec, placed
+            )
+            found.append(jax.device_get((loss, gradients)))
+    tolerance = 1e-2 if weight == "bitlinear" else 2e-6
+    for loss, gradients in found[1:]:
+        np.testing.assert_allclose(loss, found[0][0], rtol=tolerance)
+        for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(found[0][1])):
+            np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("mixer=mlgru", "H=32"), r"N=8, K=8, H=32: .* N\*H must be D=512 .*; use N=K=8 and H=64"),
+        (("mixer=mlgru", "K=4"), r"N=8, K=4, H=64: .* K must be N; use N=K=8 and H=64"),
+        (("quantized_head=True", "tie_embeddings=True"), "a head that is the embedding stays float"),
+    ],
+)
+def test_shapes_that_do_not_fit(overrides, message):
+    with pytest.raises(UserError, match=message):
+        configs.override(Config(), [f"model.{text}" for text in overrides])
+
+
+def test_unknown_mixer():
+    with pytest.raises(UserError, match="config.model.mixer='mlgro' is not one of .*; did you mean mlgru"):
+        trees.graphdef_of(replace(SMALL, mixer="mlgro"))
