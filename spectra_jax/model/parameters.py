@@ -80,11 +80,12 @@ def freeze(m: Model, parameters: dict) -> dict:
     """The parameters with every block matrix, and a quantized head, in stored forms; the same graphdef runs them.
 
     Embedding, float head and gains are those passed in, not copies; so is everything if nothing of the model is
-    quantized.
+    quantized, or all that is has its stored form already.
     """
-    if not get_rule(m.weight).quantized:
+    ws = block_matrices(parameters)
+    if not get_rule(m.weight).quantized or any(isinstance(w, Form) for w in ws.values()):
         return parameters
-    frozen = _frozen_matrices(m, block_matrices(parameters))
+    frozen = _frozen_matrices(m, ws)
     head = {"head": _frozen_head(m, parameters["head"])} if m.quantized_head else {}
     return {**parameters, **head, "blocks": with_matrices(parameters["blocks"], frozen)}
 

@@ -72,7 +72,7 @@ def load(
             parameters = _restore_forms(checkpoints, step, like, forms, record["arrays"]["parameters"])
         else:
             parameters = checkpoints.restore_parameters(step, like)
-            parameters = parameters if latent else freeze(config.model, parameters)
+            parameters = freeze(config.model, parameters) if latent is False else parameters
         graphdef = graphdef_of(config.model)
     checkpoints.close()
     tokenizer = tokenizers.load(str(workdir / "tokenizer.json"))

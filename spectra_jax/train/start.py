@@ -1,5 +1,6 @@
 """What a run begins with besides random numbers: the weights of another run, and a teacher."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -15,7 +16,7 @@ from spectra_jax.serve.load import Loaded, load
 from spectra_jax.train.distillation import Teacher
 from spectra_jax.train.step import State, init_state
 from spectra_jax.weights import get_rule
-from spectra_jax.weights.form import is_form
+from spectra_jax.weights.form import Form, is_form
 
 SHAPE = ("V", "D", "F", "L", "N", "K", "H", "tie_embeddings", "mixer")
 
@@ -81,9 +82,14 @@ def teachers(config: Config, mesh: Mesh, loader: Loader) -> tuple[Teacher, ...]:
 
 
 def dense(parameters: dict) -> dict:
-    """The parameters with the matrix that each form stands for in its place, stacked over layers."""
-    whole = jax.jit(jax.vmap(lambda form: form.dequantize()))
-    return jax.tree.map(lambda node: whole(node) if is_form(node) else node, parameters, is_leaf=is_form)
+    """The parameters with the matrix that each form stands for in its place: in blocks, stacked over layers."""
+    whole = lambda form: form.dequantize()  # noqa: E731
+
+    def replaced(parameters: PyTree, whole: Callable[[Form], Array]) -> PyTree:
+        return jax.tree.map(lambda node: whole(node) if is_form(node) else node, parameters, is_leaf=is_form)
+
+    blocks = replaced(parameters["blocks"], jax.jit(jax.vmap(whole)))
+    return {**replaced({**parameters, "blocks": None}, jax.jit(whole)), "blocks": blocks}
 
 
 def _refuse_other_shape(m: Model, source: Loaded, name: str) -> None:
