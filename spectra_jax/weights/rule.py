@@ -69,11 +69,11 @@ class Rule:
         """What is trained for a matrix that begins as `w`: the matrix, or a pytree of it and of learned values."""
         return w
 
-    def matrix(self, w: Latent) -> Float[Array, "*L m n"]:
-        """The matrix of what is trained, without learned values; also of stacked layers, on the host or as a shape."""
+    def matrix(self, w: Latent) -> Any:
+        """The matrix in what is trained, (*L, m, n): an array, also one on the host, or its shape."""
         return w
 
-    def with_matrix(self, w: Latent, matrix: Float[Array, "*L m n"]) -> Latent:
+    def with_matrix(self, w: Latent, matrix: Any) -> Latent:
         """What is trained with another matrix in it."""
         return matrix
 

@@ -163,9 +163,9 @@ def test_unknown_rule():
         UserError, match="model.weight='trenary' is not one of float, .*; did you mean ternary?"
     ):
         get_rule("trenary")
-    assert set(RULES) == {"float", "ternary", "binary", "bitnet158"}
+    assert set(RULES) == {"float", "ternary", "binary", "bitnet158", "bitlinear"}
     assert {name: RULES[name].paper_bits for name in RULES} == {
-        "float": 16, "ternary": 1.58, "binary": 1, "bitnet158": 1.58
+        "float": 16, "ternary": 1.58, "binary": 1, "bitnet158": 1.58, "bitlinear": 1.58
     }  # fmt: skip
 
 
