@@ -1,10 +1,10 @@
 """The rules that a config obeys before any device or file is looked at."""
 
 from dataclasses import fields, is_dataclass
-from math import isfinite
+from math import gcd, isfinite
 
 from spectra_jax.errors import UserError, one_of
-from spectra_jax.schema import Config, parse_rate, parse_set
+from spectra_jax.schema import Config, Model, parse_rate, parse_set
 
 
 def _require(condition: bool, message: str) -> None:
@@ -37,6 +37,11 @@ def check(config: Config) -> Config:
     one_of(m.gather, ("codes", "int8", "matrix"), "config.model.gather")
     one_of(s.shape, ("cosine", "linear"), "config.schedule.shape")
     one_of(s.lowering, ("jump", "continuous"), "config.schedule.lowering")
+    _check_mixer(m)
+    _require(
+        not (m.quantized_head and m.tie_embeddings),
+        "config.model.quantized_head=True: a head that is the embedding stays float; use tie_embeddings=False",
+    )
     _require(m.H % 2 == 0, f"config.model.H={m.H} must be even: rotary embeddings turn pairs of dimensions")
     _require(m.N % m.K == 0, f"config.model.N={m.N} is not divisible by config.model.K={m.K} (query heads per kv head)")
     for name, size in (("F", m.F), ("N*H", m.N * m.H), ("K*H", m.K * m.H)):
@@ -85,6 +90,15 @@ def check(config: Config) -> Config:
         weight = parse_set(text)[1]
         _require(isfinite(weight) and weight > 0, f"config.data.sets: the weight in {text!r} must be positive")
     return config
+
+
+def _check_mixer(m: Model) -> None:
+    heads = gcd(m.N, m.D)
+    _require(
+        m.mixer != "mlgru" or (m.N * m.H == m.D and m.K == m.N),
+        f"config.model.N={m.N}, K={m.K}, H={m.H}: the state of mlgru is as wide as the model and its heads are all "
+        f"alike, so that N*H must be D={m.D} and K must be N; use N=K={heads} and H={m.D // heads}",
+    )
 
 
 def _check_ranges(config: Config) -> None:

@@ -19,13 +19,16 @@ class Model:
     N: int = 8  # query heads
     K: int = 8  # key-value heads; N/K queries share one
     H: int = 64
-    weight: str = "float"  # the weight rule of the block matrices: float, ternary, binary, bitnet158
+    mixer: str = "attention"  # what mixes over time: the names in model/transformer.py
+    weight: str = "float"  # the weight rule of the block matrices: the names in weights/__init__.py
     scale_shards: int = 1  # scales per matrix, one per model-parallel shard of the original run
     # The released code fuses q, k and v, so their scale was probably shared; the paper does not say.
     share_qkv_scale: bool = False
+    share_glu_scale: bool = False  # of gate and up, where a paper's code has them as one matrix
     rope_base: float = 10_000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    quantized_head: bool = False  # the head is a matrix under the weight rule too
     init_std: float = 0.02  # not stated in the paper; the field's usual value
     # GPT-2's 1/sqrt(2L) on the matrices that write to the residual stream; not stated in the paper
     init_residual_scaling: bool = True
@@ -40,6 +43,11 @@ class Model:
     attention_blocks: int = 4  # key blocks above the diagonal are not computed
     remat: str = "none"  # none, dots (keep matrix products), full (keep block inputs only)
     unroll: int = 1  # blocks per iteration of the scan over layers; L unrolls it whole
+
+    @property
+    def scoring(self) -> int:
+        """Heads that score every pair of tokens: none where the mixer is no attention."""
+        return self.N if self.mixer == "attention" else 0
 
 
 @dataclass(frozen=True)

@@ -196,6 +196,21 @@ def test_every_argument_has_a_default(path):
     assert inspect.cleandoc(ast.get_docstring(function) or "")
 
 
+@pytest.mark.parametrize(
+    ("size", "D", "F", "L", "tokens"),
+    [("370m", 1024, 2816, 24, 15), ("1.3b", 2048, 5632, 24, 100), ("2.7b", 2560, 6912, 32, 100)],
+)
+def test_matmulfree(size, D, F, L, tokens):
+    """Matrices (D, D) x 4 and (D, F) x 3, gains of their inputs, two norms, one more and lower bounds of the mixer."""
+    c = config.load(f"{ROOT}/configs/matmulfree.py:{size}")
+    m = c.model
+    assert (m.D, m.F, m.L, m.V, m.mixer, m.weight) == (D, F, L, 32_000, "mlgru", "bitlinear")
+    assert F % 256 == 0 and 0 <= F - 8 * D // 3 < 256 and c.train.tokens == tokens * 10**9
+    layer = 4 * D * D + 3 * D * F + 6 * D + F + 4 * D
+    assert parameters.count(m).total == L * layer + 2 * m.V * D + 2 * D == shape_of_run(c)
+    assert parameters.count(m).linear == L * (4 * D * D + 3 * D * F)
+
+
 def test_unknown_size_names_the_known_ones():
     with pytest.raises(
         config.UserError, match=r"no size '2b' in the suite; it has 99m, 190m, .*3\.9b"

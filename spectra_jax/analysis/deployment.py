@@ -45,7 +45,13 @@ class Shape:
 
     @classmethod
     def of(cls, name: str, m: Model) -> "Shape":
-        """That of a config."""
+        """That of a config.
+
+        Raises:
+          UserError: a mixer that keeps no keys and values.
+        """
+        if m.mixer != "attention":
+            raise UserError(f"deployment is about keys and values, and {name} has the mixer {m.mixer}")
         return cls(name, m.D, m.F, m.L, m.N, m.K, m.H, m.V, m.tie_embeddings, source="config")
 
 

@@ -21,7 +21,7 @@ from spectra_jax.checkpoint import Checkpoints
 from spectra_jax.data.loader import Loader
 from spectra_jax.errors import UserError
 from spectra_jax.model.matrices import Key
-from spectra_jax.model.parameters import block_matrices, freeze, with_matrices
+from spectra_jax.model.parameters import block_matrices, freeze, plain, with_matrices
 from spectra_jax.schema import Config
 from spectra_jax.serve.load import load
 from spectra_jax.train.objective import batch_loss
@@ -59,7 +59,8 @@ def updates(run: str | Path) -> pd.DataFrame:
                     "layer": layer, "kind": ".".join(key),
                 }
                 for name in ("latent", "effective"):
-                    a, b = (block_matrices(getattr(point, name))[key][layer] for point in (now, before))
+                    trees = (plain(config.model, getattr(point, name)) for point in (now, before))
+                    a, b = (block_matrices(tree)[key][layer] for tree in trees)
                     change = np.abs(a.astype(np.float64) - b)
                     row |= {f"{name}_max": change.max(), f"{name}_mean": change.mean()}
                 if now.codes:
@@ -124,8 +125,10 @@ def _points(run: str | Path, with_graph: bool = False) -> Iterator[Any]:
         if get_rule(m.weight).quantized:
             with jax.set_mesh(model.mesh):
                 frozen = block_matrices(freeze(m, model.parameters))
-                codes = {key: np.asarray(w.codes) for key, w in frozen.items()}
+                codes = {key: np.asarray(w.core.codes) for key, w in frozen.items()}
                 dense = {key: jax.vmap(lambda one: one.dequantize())(w) for key, w in frozen.items()}
+                latent, put = block_matrices(model.parameters), get_rule(m.weight).with_matrix
+                dense = {key: put(latent[key], w) for key, w in dense.items()}
             effective = {**effective, "blocks": with_matrices(effective["blocks"], dense)}
         point = Point(step, *(jax.tree.map(np.asarray, tree) for tree in (model.parameters, effective)), codes)
         yield (point, model.graphdef) if with_graph else point

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from spectra_jax.model.parameters import block_matrices, count, freeze, init_parameters
+from spectra_jax.model.parameters import block_matrices, count, freeze, init_parameters, plain
 from spectra_jax.schema import Config
 from spectra_jax.weights.form import FLOAT_BITS, is_form, size_in_bits, skeleton
 
@@ -37,6 +37,6 @@ def shapes(config: Config, record: Mapping[str, Any]) -> PyTree:
     if not record.get("forms"):
         return jax.eval_shape(partial(freeze, config.model), like)
     return skeleton(
-        record["forms"], record["arrays"]["parameters"], like,
+        record["forms"], record["arrays"]["parameters"], plain(config.model, like),
         lambda entry, _: jax.ShapeDtypeStruct(entry[1], entry[0]),
     )

@@ -14,7 +14,7 @@ from spectra_jax.analysis.runs import table as table_of_runs
 from spectra_jax.checkpoint import Checkpoints
 from spectra_jax.errors import one_of
 from spectra_jax.model.matrices import MATRICES, Key
-from spectra_jax.model.parameters import block_matrices, freeze
+from spectra_jax.model.parameters import block_matrices, freeze, plain
 from spectra_jax.serve.load import Loaded, load
 from spectra_jax.weights.form import is_form
 
@@ -43,7 +43,7 @@ def table(checkpoint: str | Path, *, bins: Sequence[int] = BINS, span: Span = No
     model = load(str(checkpoint), latent=None, devices=jax.devices()[:1])
     effective, codes, scales = _parts(model)
     rows = []
-    for key, matrix in block_matrices(model.parameters).items():
+    for key, matrix in block_matrices(plain(model.config.model, model.parameters)).items():
         latent = None if is_form(matrix) else np.asarray(matrix, np.float64)
         for layer in range(model.config.model.L):
             shown = effective[key][layer] if latent is None else latent[layer]
@@ -75,7 +75,7 @@ def matrix(checkpoint: str | Path, kind: str) -> Matrix:
     """
     key = tuple(one_of(kind, [".".join(key) for key in MATRICES], "kind").split("."))
     model = load(str(checkpoint), latent=None, devices=jax.devices()[:1])
-    w, (effective, codes, _) = block_matrices(model.parameters)[key], _parts(model)
+    w, (effective, codes, _) = block_matrices(plain(model.config.model, model.parameters))[key], _parts(model)
     return Matrix(effective[key] if is_form(w) else np.asarray(w), codes.get(key))
 
 
@@ -112,7 +112,7 @@ def _parts(model: Loaded) -> tuple[dict[Key, np.ndarray], dict[Key, np.ndarray],
         for key, w in block_matrices(freeze(model.config.model, model.parameters)).items():
             if is_form(w):
                 effective[key] = np.asarray(jax.vmap(lambda one: one.dequantize())(w), np.float64)
-                found = getattr(w, "codes", None), getattr(w, "scales", None)
+                found = getattr(w.core, "codes", None), getattr(w.core, "scales", None)
                 if found[0] is not None:
                     codes[key] = np.asarray(found[0])
                 if found[1] is not None:

@@ -23,12 +23,12 @@ from spectra_jax.errors import UserError, one_of
 from spectra_jax.interop.gguf_source import NAMES
 from spectra_jax.interop.gguf_vocabulary import Vocabulary, vocabulary_of
 from spectra_jax.interop.hf import tensors
+from spectra_jax.interop.llama import refuse_other_models
 from spectra_jax.made import refuse_existing
 from spectra_jax.model.parameters import block_matrices, with_matrices
 from spectra_jax.schema import Model
 from spectra_jax.serve.load import Loaded, load
 from spectra_jax.stored import parse_checkpoint
-from spectra_jax.weights import get_rule
 from spectra_jax.weights.frozen import Frozen
 
 PLAIN = ("Q8_0", "F16", "F32")
@@ -117,11 +117,7 @@ def snapped(parameters: dict) -> tuple[dict, float]:
 def _refuse_other_models(checkpoint: str, loaded: Loaded, matrices: str) -> None:
     """What is no Llama, or what the type of the matrices does not hold."""
     m, ws = loaded.config.model, block_matrices(loaded.parameters).values()
-    if get_rule(m.weight).normalises_input:
-        raise UserError(
-            f"{m.weight} normalises and quantizes the input of every matrix and has no norms before its blocks, which "
-            "llama.cpp's Llama does not do: such a model can be evaluated and sampled here, but not exported as GGUF"
-        )
+    refuse_other_models(m, loaded.parameters, "GGUF")
     if any(getattr(w, "tokens8", False) for w in ws):
         raise UserError(
             f"{loaded.config.quantize.method} rounds activations to 8 bits in its own way: such a model can be "

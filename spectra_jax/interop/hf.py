@@ -20,13 +20,12 @@ from safetensors.numpy import save_file
 
 from spectra_jax.errors import UserError, one_of
 from spectra_jax.interop import gptq_format
-from spectra_jax.interop.llama import NORMS, THEIRS
+from spectra_jax.interop.llama import NORMS, THEIRS, refuse_other_models
 from spectra_jax.made import refuse_existing
 from spectra_jax.model.matrices import MATRICES
 from spectra_jax.model.parameters import block_matrices
 from spectra_jax.schema import Model
 from spectra_jax.serve.load import Loaded, load
-from spectra_jax.weights import get_rule
 from spectra_jax.weights.form import Form
 from spectra_jax.weights.grid import Grid
 
@@ -49,12 +48,7 @@ def export(checkpoint: str, out: Path | str, *, dtype: str = "float32", packed: 
     refuse_existing(out)
     # On one device of the host: over several, the sums behind the scales would be taken in another order.
     loaded = load(checkpoint, devices=jax.local_devices(backend="cpu")[:1])
-    m = loaded.config.model
-    if get_rule(m.weight).normalises_input:
-        raise UserError(
-            f"{m.weight} normalises and quantizes the input of every matrix, which Llama's code does not do: such a "
-            "model can be evaluated and sampled here, but not exported as Llama"
-        )
+    refuse_other_models(loaded.config.model, loaded.parameters, "Llama")
     if not packed:
         _refuse_rounded_activations(loaded)
     elif not all(isinstance(w, Grid) for w in block_matrices(loaded.parameters).values()):

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from spectra_jax.schema import Model
 from spectra_jax.weights import get_rule
 from spectra_jax.weights.form import Form
-from spectra_jax.weights.rule import Latent, Shards, Statistics
+from spectra_jax.weights.rule import Latent, Rule, Shards, Statistics
 
 # Module and name, with the axis that model-parallel shards cut (0: in, 1: out).
 MATRICES = {
@@ -22,11 +22,23 @@ MATRICES = {
 }
 
 Key = tuple[str, str]
+HEAD = Shards()  # of a quantized head: one scale
 
 
 def shards_of(m: Model, key: Key) -> Shards:
     """How the matrix of this kind is cut for its scales."""
     return Shards(m.scale_shards, MATRICES[key])
+
+
+def shape_of(m: Model, key: Key) -> tuple[int, int]:
+    """(in, out) of a matrix of this kind."""
+    wide = {"q": m.N * m.H, "k": m.K * m.H, "v": m.K * m.H, "o": m.N * m.H}.get(key[1], m.F)
+    return (m.D, wide) if MATRICES[key] else (wide, m.D)
+
+
+def residual_std(m: Model) -> float:
+    """Initial deviation of the matrices that write to the residual stream."""
+    return m.init_std / (2 * m.L) ** 0.5 if m.init_residual_scaling else m.init_std
 
 
 def stacked_statistics(m: Model, ws: Mapping[Key, Latent | Form]) -> dict[Key, Statistics | None]:
@@ -52,7 +64,15 @@ def stacked_statistics(m: Model, ws: Mapping[Key, Latent | Form]) -> dict[Key, S
     if m.share_qkv_scale:
         qkv = [("attention", name) for name in "qkv"]
         found |= dict.fromkeys(qkv, take(*qkv))
+    if m.share_glu_scale:
+        glu = [("mlp", name) for name in ("gate", "up")]
+        found |= dict.fromkeys(glu, take(*glu))
     return found
+
+
+def head_statistics(rule: Rule, head: Latent) -> Statistics | None:
+    """Those of a head under the weight rule."""
+    return rule.statistics([jax.lax.stop_gradient(head)], HEAD) if rule.quantized else None
 
 
 def stacked_codes(

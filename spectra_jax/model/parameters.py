@@ -4,14 +4,15 @@ Training, checkpoints, optimizers and quantizers see only the dict; `nnx.merge(g
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import jax
 from flax import nnx
 from jaxtyping import Array, PyTree
 
-from spectra_jax.model.matrices import MATRICES, Key, shards_of, stacked_statistics
-from spectra_jax.model.transformer import Transformer
+from spectra_jax.model.matrices import HEAD, MATRICES, Key, head_statistics, shape_of, shards_of, stacked_statistics
+from spectra_jax.model.transformer import Transformer, get_mixer
 from spectra_jax.schema import Model
 from spectra_jax.sharding import Rules
 from spectra_jax.suite import Parameters, count_parameters
@@ -37,15 +38,28 @@ def apply(graphdef: nnx.GraphDef, parameters: PyTree) -> Transformer:
 
 def count(m: Model) -> Parameters:
     """Parameters of a model by kind."""
-    return count_parameters(
-        D=m.D, F=m.F, N=m.N, K=m.K, H=m.H, L=m.L, V=m.V,
-        tied=m.tie_embeddings, block_norms=not get_rule(m.weight).normalises_input,
+    rule = get_rule(m.weight)
+    found = count_parameters(
+        D=m.D, F=m.F, N=m.N, K=m.K, H=m.H, L=m.L, V=m.V, tied=m.tie_embeddings, block_norms=not rule.normalises_input,
     )
+    beside = get_mixer(m.mixer).learned(m) + sum(rule.learned(*shape_of(m, key)) for key in MATRICES)
+    of_head = rule.learned(m.D, m.V) if m.quantized_head else 0
+    return replace(found, norm=found.norm + m.L * beside + of_head)
 
 
 def block_matrices(parameters: dict) -> dict[Key, Latent | Form]:
     """The stacked matrices (L, in, out) of every kind, latent or frozen, also on the host, or their shapes."""
     return {(module, name): parameters["blocks"][module][name]["w"] for module, name in MATRICES}
+
+
+def plain(m: Model, parameters: dict) -> dict:
+    """The parameters without what the weight rule learns beside its matrices; stored forms stay as they are."""
+    matrix = get_rule(m.weight).matrix
+    ws = {key: w if isinstance(w, Form) else matrix(w) for key, w in block_matrices(parameters).items()}
+    found = {**parameters, "blocks": with_matrices(parameters["blocks"], ws)}
+    if m.quantized_head and not isinstance(parameters["head"], Form):
+        found["head"] = matrix(parameters["head"])
+    return found
 
 
 @partial(jax.jit, static_argnums=0)  # as training is: op by op, XLA rounds the last bit of the scales otherwise
@@ -56,15 +70,24 @@ def _frozen_matrices(m: Model, ws: dict[Key, Latent]) -> dict[Key, Form]:
     }
 
 
-def freeze(m: Model, parameters: dict) -> dict:
-    """The parameters with every block matrix in its stored form; the same graphdef runs them.
+@partial(jax.jit, static_argnums=0)
+def _frozen_head(m: Model, head: Latent) -> Form:
+    rule = get_rule(m.weight)
+    return rule.freeze(head, head_statistics(rule, head), HEAD)
 
-    Embedding, head and gains are those passed in, not copies; so is everything if nothing of the model is quantized.
+
+def freeze(m: Model, parameters: dict) -> dict:
+    """The parameters with every block matrix, and a quantized head, in stored forms; the same graphdef runs them.
+
+    Embedding, float head and gains are those passed in, not copies; so is everything if nothing of the model is
+    quantized, or all that is has its stored form already.
     """
-    if not get_rule(m.weight).quantized:
+    ws = block_matrices(parameters)
+    if not get_rule(m.weight).quantized or any(isinstance(w, Form) for w in ws.values()):
         return parameters
-    frozen = _frozen_matrices(m, block_matrices(parameters))
-    return {**parameters, "blocks": with_matrices(parameters["blocks"], frozen)}
+    frozen = _frozen_matrices(m, ws)
+    head = {"head": _frozen_head(m, parameters["head"])} if m.quantized_head else {}
+    return {**parameters, **head, "blocks": with_matrices(parameters["blocks"], frozen)}
 
 
 def with_matrices(blocks: dict, matrices: Mapping[Key, Latent | Form]) -> dict:

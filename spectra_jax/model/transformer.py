@@ -6,16 +6,18 @@ default. Blocks are stacked along a leading axis L and run under `lax.scan`.
 
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from spectra_jax.errors import one_of
 from spectra_jax.model.attention import get_attention
 from spectra_jax.model.layers import Linear, RMSNorm, rotary_tables, rotary_tables_at, rotate
-from spectra_jax.model.matrices import MATRICES, Key, shards_of, stacked_statistics
+from spectra_jax.model.matrices import HEAD, MATRICES, Key, head_statistics, residual_std, shards_of, stacked_statistics
+from spectra_jax.model.mlgru import MLGRU
 from spectra_jax.schema import Model
 from spectra_jax.sharding import Rules, gathered
 from spectra_jax.weights import get_rule
@@ -25,9 +27,9 @@ from spectra_jax.weights.gather import Gathering
 from spectra_jax.weights.rule import Statistics
 
 Scales = dict[Key, Statistics | None]
-# What may take the place of attention, as a key-value cache does: (q, k, v), rotated, to what the values mix to. It is
-# called once a layer, in their order.
-Attend = Callable[[Array, Array, Array], Array]
+# What may take the place of a mixer's own way over time, as a cache does. Of attention: (q, k, v), rotated, to what the
+# values mix to. It is called once a layer, in their order.
+Attend = Callable[..., Array]
 
 # What the backward pass finds stored, by name: everything, matrix products only, or block inputs only.
 REMAT = {
@@ -44,7 +46,10 @@ def compute_dtype(model: Model) -> jnp.dtype:
 
 
 class Attention(nnx.Module):
-    """q, k, v projections, rotary embedding, causal attention, output projection."""
+    """q, k, v projections, rotary embedding, causal attention, output projection.
+
+    Every mixer has the methods of this one.
+    """
 
     def __init__(self, m: Model, rules: Rules, *, rngs: nnx.Rngs):
         self.m, self.rules = m, rules
@@ -56,10 +61,19 @@ class Attention(nnx.Module):
         self.v = make((m.D, m.K * m.H), ("embed", "heads"), shards=cut(("attention", "v")), std=m.init_std)
         self.o = make((m.N * m.H, m.D), ("heads", "embed"), shards=cut(("attention", "o")), std=last)
 
+    @staticmethod
+    def learned(m: Model) -> int:
+        """Values of a layer beside the matrices."""
+        return 0
+
+    def over_layers(self) -> PyTree:
+        """What each layer takes of all of them, stacked; asked of a module with stacked parameters."""
+        return None
+
     def __call__(
-        self, x: Float[Array, "B T D"], tables: tuple, scales: Scales, attend: Attend | None = None
+        self, x: Float[Array, "B T D"], tables: tuple, scales: Scales, of_layers: PyTree, attend: Attend | None = None
     ) -> Float[Array, "B T D"]:
-        """What attention adds to the residual stream."""
+        """What attention adds to the residual stream. `of_layers` is this layer's part of `over_layers`."""
         m, (B, T, _) = self.m, x.shape
         joined, split = self.rules("batch", "time", "heads"), self.rules("batch", "time", "heads", None)
 
@@ -94,26 +108,38 @@ class MLP(nnx.Module):
         return self.down(hidden, self.rules("batch", "time", "act"), scales["mlp", "down"])
 
 
-def residual_std(m: Model) -> float:
-    """Initial deviation of the matrices that write to the residual stream."""
-    return m.init_std / (2 * m.L) ** 0.5 if m.init_residual_scaling else m.init_std
+# A new mixer is a new file with a class like `Attention` and a line here.
+MIXERS: dict[str, type[nnx.Module]] = {"attention": Attention, "mlgru": MLGRU}
+
+
+def get_mixer(name: str) -> type[nnx.Module]:
+    """The mixer of this name.
+
+    Raises:
+      UserError: there is none; the message names the nearest.
+    """
+    return MIXERS[one_of(name, MIXERS, "config.model.mixer")]
 
 
 class Block(nnx.Module):
-    """x + attention(norm x), then x + mlp(norm x); a rule that normalises its own input drops the norms."""
+    """x + mixer(norm x), then x + mlp(norm x); a rule that normalises its own input drops the norms.
+
+    The mixer stands as `attention`, whichever it is.
+    """
 
     def __init__(self, m: Model, rules: Rules, *, rngs: nnx.Rngs):
         normless = get_rule(m.weight).normalises_input
         self.attention_norm = None if normless else RMSNorm(m.D, m.norm_eps)
         self.mlp_norm = None if normless else RMSNorm(m.D, m.norm_eps)
-        self.attention = Attention(m, rules, rngs=rngs)
+        self.attention = get_mixer(m.mixer)(m, rules, rngs=rngs)
         self.mlp = MLP(m, rules, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], tables: tuple, scales: Scales, attend: Attend | None = None
+        self, x: Float[Array, "B T D"], tables: tuple, scales: Scales, of_layers: PyTree, attend: Attend | None = None
     ) -> Float[Array, "B T D"]:
         """The residual stream after the block."""
-        x = x + self.attention(self.attention_norm(x) if self.attention_norm else x, tables, scales, attend)
+        normal = self.attention_norm(x) if self.attention_norm else x
+        x = x + self.attention(normal, tables, scales, of_layers, attend)
         return x + self.mlp(self.mlp_norm(x) if self.mlp_norm else x, scales)
 
 
@@ -124,7 +150,7 @@ class Transformer(nnx.Module):
         """Builds with random weights; under a mesh every parameter is born with its sharding.
 
         Raises:
-          UserError: an unknown weight rule, attention or remat policy.
+          UserError: an unknown mixer, weight rule, attention or remat policy.
         """
         one_of(m.remat, REMAT, "config.model.remat"), get_attention(m.attention)
         self.m, self.rules = m, rules
@@ -135,9 +161,8 @@ class Transformer(nnx.Module):
         self.blocks = jax.vmap(lambda r: Block(m, rules, rngs=r))(rngs.split(m.L))
         self.norm = RMSNorm(m.D, m.norm_eps)
         if not m.tie_embeddings:
-            self.head = nnx.Param(
-                init(rngs.params(), (m.D, m.V), jnp.float32, out_sharding=rules("embed", "vocab"))
-            )
+            head = init(rngs.params(), (m.D, m.V), jnp.float32, out_sharding=rules("embed", "vocab"))
+            self.head = nnx.Param(get_rule(m.weight).latent(head, HEAD) if m.quantized_head else head)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What the first block reads, in the compute dtype."""
@@ -151,19 +176,21 @@ class Transformer(nnx.Module):
     def hidden(
         self, tokens: Int[Array, "B T"], attend: Attend | None = None, positions: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
-        """The normalised states from which the head predicts, in the compute dtype.
+        """The normalised states that the head multiplies, in the compute dtype.
 
         Args:
-          attend: replaces causal attention; block matrices must be frozen or float then.
+          attend: replaces the mixer's way over time; block matrices must be frozen or float then.
           positions: of the tokens with it, by default from 0 up.
         """
         m, x = self.m, self.embed(tokens)
         tables = rotary_tables(tokens.shape[1], m.H, m.rope_base)
         if attend is not None:
             tables = tables if positions is None else rotary_tables_at(positions, m.H, m.rope_base)
+            over_layers = self.blocks.attention.over_layers()
             for i in range(m.L):  # not scanned: a layer's keys and values are then written in place (serve/cache.py)
-                x = self.layer(i)(x, tables, dict.fromkeys(MATRICES), attend)
-            return self.norm(x)
+                of_layers = jax.tree.map(itemgetter(i), over_layers)
+                x = self.layer(i)(x, tables, dict.fromkeys(MATRICES), of_layers, attend)
+            return self._normal(x)
         return self._scanned(x, tables, features=False)[0]
 
     def features(self, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T D"], Float[Array, "L B T D"]]:
@@ -173,16 +200,26 @@ class Transformer(nnx.Module):
     def _scanned(self, x: Array, tables: tuple, features: bool) -> tuple[Array, Array | None]:
         m = self.m
 
-        def block(x: Array, layer: tuple[Block, Scales]) -> tuple[Array, Array | None]:
-            module, scales = layer
-            x = module(x, tables, scales)
+        def block(x: Array, layer: tuple[Block, Scales, PyTree]) -> tuple[Array, Array | None]:
+            module, scales, of_layers = layer
+            x = module(x, tables, scales, of_layers)
             return x, x if features else None
 
         if m.remat != "none":
             # Inside a loop nothing can be merged with the forward pass; in unrolled code it has to be prevented.
             block = jax.checkpoint(block, policy=REMAT[m.remat], prevent_cse=m.unroll > 1)
-        x, found = jax.lax.scan(block, x, (self.blocks, self.scales()), unroll=min(m.unroll, m.L))
-        return self.norm(x), found
+        layers = self.blocks, self.scales(), self.blocks.attention.over_layers()
+        x, found = jax.lax.scan(block, x, layers, unroll=min(m.unroll, m.L))
+        return self._normal(x), found
+
+    def _normal(self, x: Array) -> Array:
+        """With what the weight rule does to the input of a quantized head."""
+        x = self.norm(x)
+        if self.m.quantized_head:
+            head = self.head.get_value()
+            x = get_rule(self.m.weight).activation(x, head)
+            x = head.activation(x) if isinstance(head, Form) else x
+        return x
 
     def layer(self, i: int) -> Block:
         """One block; its parameters are cut from stacked ones, or taken from tuples with one array or form a layer."""
@@ -195,7 +232,12 @@ class Transformer(nnx.Module):
 
     def head_matrix(self) -> Float[Array, "D V"]:
         """The matrix that turns hidden states into logits."""
-        return self.embedding[...].T if self.m.tie_embeddings else self.head[...]
+        if self.m.tie_embeddings:
+            return self.embedding[...].T
+        if not self.m.quantized_head:
+            return self.head[...]
+        rule, head = get_rule(self.m.weight), self.head.get_value()
+        return head.dequantize() if isinstance(head, Form) else rule.effective(head, head_statistics(rule, head), HEAD)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits of the next token at every position, in float32."""
@@ -204,8 +246,9 @@ class Transformer(nnx.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """What the head makes of the states of `hidden`."""
         spec = self.rules("batch", "time", "vocab")
-        if not self.m.tie_embeddings and isinstance(head := self.head.get_value(), Form):
-            return matmul(hidden.astype(jnp.float32), head, spec)
+        head = None if self.m.tie_embeddings else self.head.get_value()
+        if isinstance(head, Form) and type(head.core).product is not Form.product:
+            return matmul(hidden.astype(jnp.float32), head.core, spec)
         return jnp.einsum(
             "btd,dv->btv",
             hidden,

@@ -72,7 +72,7 @@ def bound(config: Config, mesh: Mesh | AbstractMesh, topology: Topology) -> Boun
     m, family, shape = config.model, topology.family, mesh.shape
     blocks, tables = count(m).linear, 2 * m.V * m.D  # embedding and head
     tokens = config.tokens_per_step
-    scores = 2 * m.L * m.N * m.H * config.data.T  # FLOP of a token forward: two products with half a row of T
+    scores = 2 * m.L * m.scoring * m.H * config.data.T  # FLOP of a token forward: two products with half a row of T
     again, attention_again = REPEATED[m.remat]
     useful = (6 * (blocks + m.V * m.D) + 3 * scores) * tokens
     narrow = max(family.width / m.H, 1)

@@ -45,6 +45,8 @@ def serving(config: Config, names: Sequence[str]) -> str:
 
 def _one(config: Config, topology: Topology) -> list[str]:
     m, family, share = config.model, topology.family, config.mesh.model
+    if m.mixer != "attention":
+        raise UserError(f"the arithmetic of --serve is that of keys and values, and {m.mixer} has none")
     if topology.devices % share:
         raise UserError(f"config.mesh.model={share} does not divide the {topology.devices} devices of {topology.name}")
     bits, blocks, table = bits_per_weight(config), count(m).linear, m.V * m.D

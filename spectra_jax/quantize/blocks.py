@@ -43,7 +43,7 @@ class Blocks:
             for module, name in MATRICES:
                 part = getattr(block, module)
                 setattr(part, name, _Tap(getattr(part, name), kept, (module, name)))
-            return block(x, rotary_tables(x.shape[1], m.H, m.rope_base), NO_SCALES), kept
+            return block(x, rotary_tables(x.shape[1], m.H, m.rope_base), NO_SCALES, None), kept
 
         self._run = run
         self._forward = jax.jit(lambda parameters, x: run(parameters, x)[0])

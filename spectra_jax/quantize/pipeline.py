@@ -60,6 +60,9 @@ def quantize(checkpoint: str, config: Config, out: Path | str) -> Path:
     m = source.config.model
     if get_rule(m.weight).quantized or source.record.get("forms"):
         raise UserError(f"{checkpoint} is quantized already ({source.config.family}); quantize a float model")
+    if m.mixer != "attention":
+        raise UserError(f"{checkpoint} has the mixer {m.mixer}, whose layers are calibrated by nothing yet; quantize a "
+                        "model with attention, or train this one under a quantized weight rule")
     workdir, _ = parse_checkpoint(checkpoint)
     # As it was trained: what is loaded has the mesh and the batch of this machine.
     made = replace(read_config(workdir), family=config.family, name=config.name, quantize=q)

@@ -14,7 +14,6 @@ from jaxtyping import Bool, Int32
 
 from spectra_jax.errors import UserError, one_of
 from spectra_jax.serve import programs
-from spectra_jax.serve.cache import STORED
 from spectra_jax.serve.head import HEADS, in_bytes
 from spectra_jax.serve.layers import by_layer
 from spectra_jax.serve.load import Loaded
@@ -94,7 +93,7 @@ class Generator:
           weights: "dense" multiplies by matrices in the compute dtype, "packed" by ternary and binary ones at 2 bits,
             with the first implementation of `pallas_kernels` that serves here; or the name of one.
           head: "dense" multiplies by it in the compute dtype, "int8" in 8 bits, on CPUs.
-          cache: "auto" holds keys and values in the compute dtype, "int8" in 8 bits.
+          cache: "auto" holds keys and values in the compute dtype, "int8" in 8 bits; a recurrent state has "auto" only.
           release: takes the weights from `model`, which cannot be used afterwards: half the memory.
 
         Raises:
@@ -102,7 +101,8 @@ class Generator:
         """
         self.config, self.mesh, self.tokenizer = model.config, model.mesh, model.tokenizer
         self.speed = Speed()
-        self._cache, self._graphdef = one_of(cache, STORED, "cache"), model.graphdef
+        kinds = programs.CACHES[self.config.model.mixer].STORED
+        self._cache, self._graphdef = one_of(cache, kinds, "cache"), model.graphdef
         with jax.set_mesh(self.mesh):
             parameters, self.weights = prepare(model.parameters, weights)
             self._parameters = by_layer(self.config.model, parameters, release=release)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int8, PyTree
 
 from spectra_jax.errors import UserError
 from spectra_jax.sharding import gathered
-from spectra_jax.weights.form import Form, form
+from spectra_jax.weights.form import Form, form, is_form
 from spectra_jax.weights.frozen import Frozen
 from spectra_jax.weights.prepared import Prepared, prepare
 
@@ -56,6 +56,8 @@ def in_bytes(parameters: PyTree, *, release: bool = False) -> Planes:
     if "head" not in parameters:
         raise UserError("this model's head is its embedding, which stays float; leave the head dense")
     head = parameters["head"]
+    if is_form(head):
+        raise UserError("this model's head is quantized already; leave it dense")
     if jax.default_backend() != "cpu":
         raise UserError("a head in 8 bits is for CPUs; leave it dense on other devices")
     planes, scales = jax.jit(_planes)(gathered(head))

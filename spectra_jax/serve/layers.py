@@ -47,20 +47,23 @@ def by_layer(m: Model, parameters: PyTree, *, release: bool = False) -> PyTree:
     cut, dtype = jax.jit(_layer, static_argnums=2), compute_dtype(m)
 
     def apart(path: tuple, stacked: Array | Form) -> tuple[Array | Form, ...]:
-        found = tuple(cut(stacked, i, None if path[-1].key == "gain" else dtype) for i in range(m.L))
+        found = tuple(cut(stacked, i, dtype if path[-1].key == "w" else None) for i in range(m.L))
         if release:
             jax.block_until_ready(found)
             jax.tree.map(lambda x: x.delete(), stacked)
         return found
 
     blocks = jax.tree_util.tree_map_with_path(apart, parameters["blocks"], is_leaf=is_form)
-    rest = {name: parameters[name].astype(dtype) for name in ("embedding", "head") if name in parameters}
+    rest = {name: _ready(parameters[name], dtype) for name in ("embedding", "head") if name in parameters}
     return {**parameters, **rest, "blocks": blocks}
 
 
 def _layer(stacked: Array | Form, i: int | Array, dtype: jnp.dtype | None) -> Array | Form:
     """One layer's; a matrix ready to multiply if a dtype is given."""
-    w = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), stacked)
-    if is_form(w) and type(w).product is Form.product:
-        return Dense(w.dequantize().astype(dtype), jax.tree.map(lambda _: None, w))
+    return _ready(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), stacked), dtype)
+
+
+def _ready(w: Array | Form, dtype: jnp.dtype | None) -> Array | Form:
+    if is_form(w) and type(core := w.core).product is Form.product:
+        return w.with_core(Dense(core.dequantize().astype(dtype), jax.tree.map(lambda _: None, core)))
     return w if is_form(w) or dtype is None else w.astype(dtype)

@@ -15,7 +15,7 @@ from spectra_jax.checksum import dotted
 from spectra_jax.data import tokenizer as tokenizers
 from spectra_jax.data.tokenizer import Tokenizer
 from spectra_jax.errors import UserError
-from spectra_jax.model.parameters import freeze, graphdef_of, init_parameters
+from spectra_jax.model.parameters import freeze, graphdef_of, init_parameters, plain
 from spectra_jax.schema import Config, Mesh
 from spectra_jax.sharding import make_mesh
 from spectra_jax.stored import abstract, parse_checkpoint, record_of
@@ -65,13 +65,14 @@ def load(
     with jax.set_mesh(mesh):
         like = jax.eval_shape(partial(init_parameters, config.model), jax.random.key(0))
         like, forms = abstract(like, mesh), record.get("forms")
+        like = plain(config.model, like) if forms else like
         if forms and latent:
             raise UserError(f"{checkpoint} holds codes and scales; there are no latent weights to load")
         if forms:
             parameters = _restore_forms(checkpoints, step, like, forms, record["arrays"]["parameters"])
         else:
             parameters = checkpoints.restore_parameters(step, like)
-            parameters = parameters if latent else freeze(config.model, parameters)
+            parameters = freeze(config.model, parameters) if latent is False else parameters
         graphdef = graphdef_of(config.model)
     checkpoints.close()
     tokenizer = tokenizers.load(str(workdir / "tokenizer.json"))

@@ -11,11 +11,14 @@ from jaxtyping import Array, Bool, Int, Key, PyTree, UInt
 
 from spectra_jax.model.parameters import apply
 from spectra_jax.model.transformer import Transformer
-from spectra_jax.serve import cache as caches
+from spectra_jax.serve import cache as keys_and_values
+from spectra_jax.serve import recurrent
 from spectra_jax.serve.sampling import Sampling, draw
 from spectra_jax.sharding import gathered
 
 CHUNK = 16  # new tokens from one dispatch, at most
+# What is kept of the tokens so far, by mixer: modules with `prefill`, `decode` and the kinds that it can be STORED as.
+CACHES = {"attention": keys_and_values, "mlgru": recurrent}
 
 
 @no_type_check  # as a pytree it also carries tracers
@@ -24,7 +27,7 @@ CHUNK = 16  # new tokens from one dispatch, at most
 class State:
     """Between two dispatches."""
 
-    cache: caches.Cache
+    cache: PyTree  # of the mixer
     token: Int[Array, "B"]  # the newest, not yet read
     seen: Bool[Array, "B V"]  # the tokens of prompt and output
     keys: Key[Array, "B"]
@@ -38,7 +41,7 @@ def prefill(
 ) -> State:
     """Reads prompts, padded on the right, and draws the first new token of each."""
     model = apply(graphdef, parameters)
-    states, cache = caches.prefill(model, tokens, lengths, capacity, stored)
+    states, cache = CACHES[model.m.mixer].prefill(model, tokens, lengths, capacity, stored)
     last = jax.vmap(lambda row, n: row[n - 1])(states, lengths)
     before = State(cache, tokens[:, 0], seen, jax.vmap(jax.random.key)(seeds), jnp.int32(0))
     return _next(model, last[:, None], before, cache, how, vocabulary)
@@ -54,7 +57,7 @@ def decode(
 
     def step(carry: tuple) -> tuple:
         i, state, done, tokens = carry
-        states, cache = caches.decode(model, state.token, state.cache)
+        states, cache = CACHES[model.m.mixer].decode(model, state.token, state.cache)
         state = _next(model, states, state, cache, how, vocabulary)
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, state.token[:, None], i, axis=1)
         return i + 1, state, done | (state.token == eod), tokens
@@ -66,7 +69,7 @@ def decode(
 
 
 def _next(
-    model: Transformer, states: Array, state: State, cache: caches.Cache, how: Sampling, vocabulary: int
+    model: Transformer, states: Array, state: State, cache: PyTree, how: Sampling, vocabulary: int
 ) -> State:
     """After the token that follows these states is drawn."""
     logits = gathered(model.logits(states)[:, 0])

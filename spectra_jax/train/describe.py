@@ -21,7 +21,7 @@ def matmul_parameters(m: Model) -> int:
 def flops_per_token(config: Config) -> int:
     """Training FLOPs per token, as `hardware.flops_per_token` counts them."""
     m = config.model
-    return hardware.flops_per_token(matmul_params=matmul_parameters(m), L=m.L, N=m.N, H=m.H, T=config.data.T)
+    return hardware.flops_per_token(matmul_params=matmul_parameters(m), L=m.L, N=m.scoring, H=m.H, T=config.data.T)
 
 
 def describe(config: Config, mesh: Mesh, peak: Peak, workdir: Path, start: int, parameters: PyTree) -> str:
@@ -43,8 +43,8 @@ def mfu_formula(config: Config, peak: Peak) -> str:
         return "no peak, no MFU"
     m = config.model
     return (
-        f"MFU = tokens/s x (6 P + 12 L N H T) / peak = tokens/s x (6 x {matmul_parameters(m):,} + 12 x {m.L} x {m.N} x "
-        f"{m.H} x {config.data.T:,}) / {peak.value / 1e12:,.4g} TFLOP/s"
+        f"MFU = tokens/s x (6 P + 12 L N H T) / peak = tokens/s x (6 x {matmul_parameters(m):,} + 12 x {m.L} x "
+        f"{m.scoring} x {m.H} x {config.data.T:,}) / {peak.value / 1e12:,.4g} TFLOP/s"
     )
 
 

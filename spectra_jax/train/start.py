@@ -1,5 +1,6 @@
 """What a run begins with besides random numbers: the weights of another run, and a teacher."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -8,17 +9,17 @@ from jaxtyping import Array, PyTree
 
 from spectra_jax.data.loader import Loader
 from spectra_jax.errors import UserError
-from spectra_jax.model.matrices import shards_of
-from spectra_jax.model.parameters import block_matrices, with_matrices
+from spectra_jax.model.matrices import HEAD, shards_of
+from spectra_jax.model.parameters import block_matrices, plain, with_matrices
 from spectra_jax.schema import Config, Model
 from spectra_jax.serve.load import Loaded, load
 from spectra_jax.train.distillation import Teacher
 from spectra_jax.train.sparsity import check_zeros
 from spectra_jax.train.step import State, init_state
 from spectra_jax.weights import get_rule
-from spectra_jax.weights.form import is_form
+from spectra_jax.weights.form import Form, is_form
 
-SHAPE = ("V", "D", "F", "L", "N", "K", "H", "tie_embeddings")
+SHAPE = ("V", "D", "F", "L", "N", "K", "H", "tie_embeddings", "mixer")
 
 
 def first_state(config: Config, mesh: Mesh, key: Array, loader: Loader) -> State:
@@ -50,7 +51,7 @@ def started(config: Config, mesh: Mesh, fresh: dict, loader: Loader) -> dict:
     loader.check_tokenizer(source.tokenizer)
     _refuse_other_shape(config.model, source, config.train.start)
     with jax.set_mesh(source.mesh):
-        whole = dense(source.parameters)
+        whole = dense(plain(source.config.model, source.parameters))
     parameters = _placed(whole, mesh)
 
     def build(parameters: dict, fresh: dict) -> dict:
@@ -59,6 +60,7 @@ def started(config: Config, mesh: Mesh, fresh: dict, loader: Loader) -> dict:
         latent = {key: jax.vmap(partial(make, shards=shards_of(m, key)))(w) for key, w in ws.items()}
         blocks = {name: parameters["blocks"].get(name, node) for name, node in fresh["blocks"].items()}
         rest = {name: parameters[name] for name in fresh if name != "blocks"}
+        rest |= {"head": make(rest["head"], HEAD)} if m.quantized_head else {}
         return {**rest, "blocks": with_matrices(blocks, latent)}
 
     placed = jax.tree.map(lambda leaf: leaf.sharding, fresh)
@@ -87,9 +89,14 @@ def teachers(config: Config, mesh: Mesh, loader: Loader) -> tuple[Teacher, ...]:
 
 
 def dense(parameters: dict) -> dict:
-    """The parameters with the matrix that each form stands for in its place, stacked over layers."""
-    whole = jax.jit(jax.vmap(lambda form: form.dequantize()))
-    return jax.tree.map(lambda node: whole(node) if is_form(node) else node, parameters, is_leaf=is_form)
+    """The parameters with the matrix that each form stands for in its place: in blocks, stacked over layers."""
+    whole = lambda form: form.dequantize()  # noqa: E731
+
+    def replaced(parameters: PyTree, whole: Callable[[Form], Array]) -> PyTree:
+        return jax.tree.map(lambda node: whole(node) if is_form(node) else node, parameters, is_leaf=is_form)
+
+    blocks = replaced(parameters["blocks"], jax.jit(jax.vmap(whole)))
+    return {**replaced({**parameters, "blocks": None}, jax.jit(whole)), "blocks": blocks}
 
 
 def _refuse_other_shape(m: Model, source: Loaded, name: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from spectra_jax.errors import UserError, one_of
 from spectra_jax.weights import codebook, grid, masked, tables  # noqa: F401  (a checkpoint names its forms)
 from spectra_jax.weights.binary import Binary
+from spectra_jax.weights.bitlinear import BitLinear
 from spectra_jax.weights.bitnet158 import BitNet158
 from spectra_jax.weights.dlt import DLT
 from spectra_jax.weights.float import Float
@@ -18,7 +19,8 @@ from spectra_jax.weights.sparse import Sparse
 from spectra_jax.weights.ternary import Ternary
 
 RULES: dict[str, Rule] = {
-    rule.name: rule for rule in (Float(), Ternary(), Binary(), BitNet158(), DLT(), LRQAT(), Sparse())
+    rule.name: rule
+    for rule in (Float(), Ternary(), Binary(), BitNet158(), DLT(), LRQAT(), Sparse(), BitLinear())
 }
 
 

@@ -4,7 +4,7 @@ arXiv 2406.07177. No code of the paper is public, and its numbers are not known 
 assumption, and all are settings, as in --config.model.weight=dlt:group=64,threshold=0.5,init=absmean.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import no_type_check
 
 import jax
@@ -83,6 +83,18 @@ class DLT(Rule):
         beyond = size > self.threshold * mean[:, None]
         scale = jnp.sum(jnp.where(beyond, size, 0.0), axis=1) / jnp.maximum(jnp.sum(beyond, axis=1), 1)
         return Scaled(w, scale, jnp.zeros_like(scale))
+
+    def matrix(self, w):
+        """The latent matrix."""
+        return w.w
+
+    def with_matrix(self, w, matrix):
+        """The same scales and shifts for another matrix."""
+        return replace(w, w=matrix)
+
+    def learned(self, m, n):
+        """A scale and a shift per group."""
+        return 2 * n * (m // (self.group or m))
 
     def statistics(self, ws, shards):
         """For those who look at training: the mean of the scales."""

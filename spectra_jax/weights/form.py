@@ -35,6 +35,15 @@ class Form:
         """What the product does to its input first."""
         return x
 
+    @property
+    def core(self) -> "Form":
+        """The form that multiplies: itself, or the one whose input it changes."""
+        return self
+
+    def with_core(self, core: "Form") -> "Form":
+        """Itself with another form that multiplies."""
+        return core
+
     def product(self, x: Float[Array, "r m"], spec: jax.sharding.PartitionSpec | None = None) -> Float[Array, "r n"]:
         """x @ dequantize() in the dtype of x; `spec` is where the result goes on a mesh."""
         return jnp.einsum("rm,mn->rn", x, self.dequantize().astype(x.dtype), out_sharding=spec)

@@ -5,7 +5,7 @@ fixed point. Afterwards the codes are an ordinary grid: nothing of the factors i
 paper's numbers are the defaults. As in --config.model.weight=lrqat:bits=3,group=128,rank=32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import no_type_check
 
 import jax
@@ -74,6 +74,18 @@ class LRQAT(Rule):
         m, n = w.shape
         b = jax.random.uniform(key, (m, self.rank), jnp.float32, -(m**-0.5), m**-0.5)
         return Adapted(jnp.clip(master, -128, 127).astype(jnp.int8), scale, jnp.zeros((self.rank, n)), b)
+
+    def matrix(self, w):
+        """The master, in units of its scales."""
+        return w.master
+
+    def with_matrix(self, w, matrix):
+        """The same scales and factors for another master."""
+        return replace(w, master=matrix)
+
+    def learned(self, m, n):
+        """A scale per group, and the factors."""
+        return n * (m // (self.group or m)) + self.rank * (m + n)
 
     def statistics(self, ws, shards):
         """For those who look at training: the mean of the scales."""

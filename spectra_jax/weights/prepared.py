@@ -46,7 +46,8 @@ def prepare(parameters: PyTree, weights: str) -> tuple[PyTree, str]:
     """
     if weights == "dense":
         return parameters, weights
-    matrices = [node for node in jax.tree.leaves(parameters, is_leaf=is_form) if isinstance(node, Frozen)]
+    forms = [node.core for node in jax.tree.leaves(parameters, is_leaf=is_form) if is_form(node)]
+    matrices = [core for core in forms if isinstance(core, Frozen)]
     if not matrices:
         raise UserError("packed products are of ternary and binary models; this one has no such matrix")
     try:
@@ -56,7 +57,12 @@ def prepare(parameters: PyTree, weights: str) -> tuple[PyTree, str]:
         implementation = api.choose(x, of_one_layer)[0] if weights == "packed" else weights
         api.check(x, of_one_layer, implementation)
         convert = jax.jit(partial(_prepared, implementation=implementation))
-        ready = jax.tree.map(lambda x: convert(x) if isinstance(x, Frozen) else x, parameters, is_leaf=is_form)
+
+        def of(node: PyTree) -> PyTree:
+            packed = is_form(node) and isinstance(node.core, Frozen)
+            return node.with_core(convert(node.core)) if packed else node
+
+        ready = jax.tree.map(of, parameters, is_leaf=is_form)
     except ValueError as error:
         raise UserError(f"{error}; use another implementation, or the unpacked weights") from error
     return ready, implementation

@@ -69,6 +69,18 @@ class Rule:
         """What is trained for a matrix that begins as `w`: the matrix, or a pytree of it and of learned values."""
         return w
 
+    def matrix(self, w: Latent) -> Any:
+        """The matrix in what is trained, (*L, m, n): an array, also one on the host, or its shape."""
+        return w
+
+    def with_matrix(self, w: Latent, matrix: Any) -> Latent:
+        """What is trained with another matrix in it."""
+        return matrix
+
+    def learned(self, m: int, n: int) -> int:
+        """How many values are learned beside a matrix (m, n)."""
+        return 0
+
     def activation(self, x: Float[Array, "*B m"], w: Latent | Form | None = None) -> Float[Array, "*B m"]:
         """What the product does to its input first; `w` for a rule that learns something for that."""
         return x

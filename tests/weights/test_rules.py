@@ -165,6 +165,7 @@ def test_unknown_rule():
         get_rule("trenary")
     assert {name: rule.paper_bits for name, rule in RULES.items()} == {
         "float": 16, "ternary": 1.58, "binary": 1, "bitnet158": 1.58, "dlt": 1.58, "lrqat": 4, "sparse": 16,
+        "bitlinear": 1.58,
     }  # fmt: skip
 
 
