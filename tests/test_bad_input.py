@@ -55,8 +55,8 @@ def command(workdir: Path, *overrides: str) -> list[str]:
         ("modle.L=3", "unknown key config.modle.L; did you mean config.model.L?"),
         ("model.L=three", "config.model.L='three' is not of type int"),
         ("optimizer.weight_decay=on", "config.optimizer.weight_decay='on' is not of type float"),
-        ("model.weight=ternery", "config.model.weight='ternery' is not one of float, ternary, binary, bitnet158; "
-                                 "did you mean ternary?"),
+        ("model.weight=ternery", "config.model.weight='ternery' is not one of float, ternary, binary, bitnet158, "
+                                 "dlt, lrqat, sparse, bitlinear; did you mean ternary?"),
         ("model.attention=flesh", "config.model.attention='flesh' is not one of"),
         ("model.remat=all", "config.model.remat='all' is not one of"),
         ("schedule.shape=cosin", "did you mean cosine?"),

@@ -15,6 +15,12 @@ CHANGES = {
     "family": "TriLM",
     "name": "other",
     "model.K": "4",
+    "model.mixer": "mlgru",
+    "train.start": "runs/other",
+    "distill.teacher": "runs/other",
+    "optimizer.name": "another",
+    "optimizer.rates": "w.scale=0.1,mlp=0.5",
+    "optimizer.only": "w.a,w.b",
     "model.weight": "ternary",
     "model.compute_dtype": "bfloat16",
     "model.gradient_dtype": "float32",
@@ -227,7 +233,8 @@ def test_missing_files_and_functions(tmp_path):
 
 
 def test_json_round_trip():
-    changed = config.override(Config(), [f"{key}={change_of(key)}" for key in config.keys()])
+    alone = ("model.mixer", "model.quantized_head")  # they do not go with K < N, and with tied embeddings
+    changed = config.override(Config(), [f"{key}={change_of(key)}" for key in config.keys() if key not in alone])
     for c in (Config(), changed):
         text = json.dumps(config.to_dict(c))
         assert config.from_dict(json.loads(text)) == c

@@ -43,7 +43,7 @@ ALLOWED = {
     "train.loss": {"sharding"},
     "train": MODEL | {"callable", "train.loss"},
     "train.guard": {"errors"},
-    "train.start": STEP | {"data", "serve"},
+    "train.start": STEP | {"data", "serve", "stored", "train.workdir"},
     "train.workdir": BASE | {"data"},
     "evaluate": MODEL | {"callable", "data", "train.loss"},
     "train.loop": RUN,

@@ -34,7 +34,7 @@ from spectra_jax.train.describe import describe, flops_per_token
 from spectra_jax.train.guard import StopRequest, Watchdog, only_run_in
 from spectra_jax.train.profile import Profile
 from spectra_jax.train.schedule import interventions
-from spectra_jax.train.start import first_state, teachers
+from spectra_jax.train.start import check_sources, first_state, teachers
 from spectra_jax.train.step import State, init_state, make_step
 from spectra_jax.train.weight_stats import Codes, make_weight_stats
 from spectra_jax.train.workdir import open_workdir
@@ -59,13 +59,14 @@ def train(config: Config, workdir: Path | str, *, accept_changes: bool = False) 
     use_compile_cache(config.train.compile_cache)
     loader, first = make_loader(config, "train"), jax.process_index() == 0
     with jax.set_mesh(mesh), ExitStack() as stack:
-        get_rule(config.model.weight), graphdef_of(config.model)  # a bad config fails before anything is written
+        jax.eval_shape(partial(init_state, config), jax.random.key(0))  # a bad config fails before anything is written
+        check_sources(config, workdir, loader)
         if first:
             stack.enter_context(only_run_in(workdir))
         open_workdir(workdir, config, loader, accept_changes)
         watchdog = stack.enter_context(Watchdog(config.train.stuck_seconds))
         with Checkpoints(workdir, config) as checkpoints:  # a save under way is finished, come what may
-            start, state = restore_or_init(config, mesh, checkpoints, loader)
+            start, state = restore_or_init(config, mesh, checkpoints)
             watchdog.kick()
             recorded = first and (workdir / FILE).is_file()  # read before what lies beyond `start` is dropped
             past = goodput.past(read_metrics(workdir) if recorded else (), start, began)
@@ -102,7 +103,7 @@ def make_loader(config: Config, split: str, mixture: tuple | None = None) -> Loa
     )
 
 
-def restore_or_init(config: Config, mesh: Mesh, checkpoints: Checkpoints, loader: Loader) -> tuple[int, State]:
+def restore_or_init(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> tuple[int, State]:
     """How many steps are done, and the state after them: from the newest checkpoint, else fresh from the seed.
 
     Never both are in memory. A fresh state may begin with the weights of another run.
@@ -115,7 +116,7 @@ def restore_or_init(config: Config, mesh: Mesh, checkpoints: Checkpoints, loader
             f"train for at least {newest} steps or use a new --workdir"
         )
     restored = checkpoints.restore_newest(abstract(jax.eval_shape(partial(init_state, config), key), mesh))
-    return restored or (0, first_state(config, mesh, key, loader))
+    return restored or (0, first_state(config, mesh, key))
 
 
 @dataclass
@@ -149,7 +150,7 @@ class Run:
         self.weights: dict | None = None
         self.flops = flops_per_token(config)
         self.peak = hardware.total_peak(list(self.mesh.devices.flat), compute_dtype(config.model))
-        self.given = teachers(config, self.mesh, self.loader)
+        self.given = teachers(config, self.mesh)
         self.timer = Timer(self.past.at(time.time()))  # the last thing: whatever was before is the start
 
     def steps(self, state: State, start: int) -> State:

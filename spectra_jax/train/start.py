@@ -2,27 +2,31 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 
+from spectra_jax.data import tokenizer as tokenizers
 from spectra_jax.data.loader import Loader
 from spectra_jax.errors import UserError
 from spectra_jax.model.matrices import HEAD, shards_of
 from spectra_jax.model.parameters import block_matrices, plain, with_matrices
-from spectra_jax.schema import Config, Model
-from spectra_jax.serve.load import Loaded, load
+from spectra_jax.schema import Config
+from spectra_jax.serve.load import load
+from spectra_jax.stored import parse_checkpoint
 from spectra_jax.train.distillation import Teacher
 from spectra_jax.train.sparsity import check_zeros
 from spectra_jax.train.step import State, init_state
+from spectra_jax.train.workdir import read_config
 from spectra_jax.weights import get_rule
 from spectra_jax.weights.form import Form, is_form
 
 SHAPE = ("V", "D", "F", "L", "N", "K", "H", "tie_embeddings", "mixer")
 
 
-def first_state(config: Config, mesh: Mesh, key: Array, loader: Loader) -> State:
+def first_state(config: Config, mesh: Mesh, key: Array) -> State:
     """The state before the first step: random, or with the weights of `config.train.start`.
 
     Raises:
@@ -31,13 +35,13 @@ def first_state(config: Config, mesh: Mesh, key: Array, loader: Loader) -> State
     init = jax.jit(partial(init_state, config))
     state = init(key)
     if config.train.start:
-        state = init(key, parameters=started(config, mesh, state["parameters"], loader))
+        state = init(key, parameters=started(config, mesh, state["parameters"]))
     if config.optimizer.keep_zeros:
         check_zeros(state["optimizer"].mask)
     return state
 
 
-def started(config: Config, mesh: Mesh, fresh: dict, loader: Loader) -> dict:
+def started(config: Config, mesh: Mesh, fresh: dict) -> dict:
     """The parameters of `config.train.start` in the place of `fresh` ones, which tell shapes and shardings.
 
     Latent weights are taken where that run keeps them, else the matrices that its forms stand for. What a weight rule
@@ -45,11 +49,9 @@ def started(config: Config, mesh: Mesh, fresh: dict, loader: Loader) -> dict:
     this one has begin at 1.
 
     Raises:
-      UserError: no such checkpoint, one of another shape, or of another tokenizer than the data's.
+      UserError: no such step, or a checkpoint that is damaged.
     """
     source = load(config.train.start, latent=None)
-    loader.check_tokenizer(source.tokenizer)
-    _refuse_other_shape(config.model, source, config.train.start)
     with jax.set_mesh(source.mesh):
         whole = dense(plain(source.config.model, source.parameters))
     parameters = _placed(whole, mesh)
@@ -67,25 +69,38 @@ def started(config: Config, mesh: Mesh, fresh: dict, loader: Loader) -> dict:
     return jax.jit(build, out_shardings=placed)(parameters, fresh)
 
 
-def teachers(config: Config, mesh: Mesh, loader: Loader) -> tuple[Teacher, ...]:
+def teachers(config: Config, mesh: Mesh) -> tuple[Teacher, ...]:
     """What a step is given beside state and batch: the teacher of `config.distill`, if there is one.
 
     Raises:
-      UserError: no such checkpoint, or one with another tokenizer, vocabulary or, for features, another shape.
+      UserError: its checkpoint is damaged.
     """
     if not config.distill.teacher:
         return ()
-    source, m = load(config.distill.teacher), config.model
-    loader.check_tokenizer(source.tokenizer)
-    theirs = source.config.model
-    needed = ("V", "D", "L") if config.distill.features else ("V",)
-    if other := [f"{name}={getattr(theirs, name)}, not {getattr(m, name)}" for name in needed
-                 if getattr(theirs, name) != getattr(m, name)]:
-        raise UserError(
-            f"the teacher {config.distill.teacher} has {', '.join(other)}: logits are compared over one vocabulary, "
-            "features between blocks of one width and number; use --config.distill.features=0 for logits alone"
-        )
+    source = load(config.distill.teacher)
     return (Teacher(source.graphdef, _placed(source.parameters, mesh)),)
+
+
+def check_sources(config: Config, workdir: Path, loader: Loader) -> None:
+    """Refuses what a run cannot begin with or learn from, before anything is written. One that is there has begun.
+
+    Raises:
+      UserError: no such run, one of another shape, or of another tokenizer than the data's.
+    """
+    begun, features = (workdir / "config.json").is_file(), config.distill.features
+    same = ("V", "D", "L") if features else ("V",)
+    for name, text, keys, fix in (
+        ("train.start", "" if begun else config.train.start, SHAPE, "give this run the same shape"),
+        ("distill.teacher", config.distill.teacher, same, "or compare logits alone, with --config.distill.features=0"),
+    ):
+        if text:
+            folder, _ = parse_checkpoint(text)
+            theirs, m = read_config(folder).model, config.model
+            other = [f"{key}={getattr(theirs, key)}, not {getattr(m, key)}" for key in keys
+                     if getattr(theirs, key) != getattr(m, key)]
+            if other:
+                raise UserError(f"config.{name}={text} has {', '.join(other)}; {fix}")
+            loader.check_tokenizer(tokenizers.load(str(folder / "tokenizer.json")))
 
 
 def dense(parameters: dict) -> dict:
@@ -97,13 +112,6 @@ def dense(parameters: dict) -> dict:
 
     blocks = replaced(parameters["blocks"], jax.jit(jax.vmap(whole)))
     return {**replaced({**parameters, "blocks": None}, jax.jit(whole)), "blocks": blocks}
-
-
-def _refuse_other_shape(m: Model, source: Loaded, name: str) -> None:
-    theirs = source.config.model
-    if other := [f"{key}={getattr(theirs, key)}, not {getattr(m, key)}" for key in SHAPE
-                 if getattr(theirs, key) != getattr(m, key)]:
-        raise UserError(f"config.train.start={name} has {', '.join(other)}; give this run the same shape")
 
 
 def _placed(parameters: PyTree, mesh: Mesh) -> PyTree:
