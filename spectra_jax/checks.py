@@ -27,6 +27,7 @@ def check(config: Config) -> Config:
         ("checkpoint", ("every_steps", "keep")),
         ("metrics", ("every_steps", "profile_steps")),
         ("quantize", ("samples", "batch", "block")),
+        ("prune", ("samples", "multiple")),
     ):
         for name in names:
             value = getattr(getattr(config, section), name)
@@ -67,6 +68,9 @@ def check(config: Config) -> Config:
         2 <= config.quantize.bits <= 8, f"config.quantize.bits={config.quantize.bits}: from 2 to 8 are stored"
     )
     one_of(config.quantize.scale_dtype, ("float16", "bfloat16", "float32"), "config.quantize.scale_dtype")
+    _require(
+        0 < config.prune.ratio < 1, f"config.prune.ratio={config.prune.ratio} is the share that goes: between 0 and 1"
+    )
     _require(bool(config.name), "config.name is empty; runs are told apart by their names")
     _require(s.peak > 0, f"config.schedule.peak={s.peak} must be positive")
     _require(0 <= s.final <= 1, f"config.schedule.final={s.final} is a fraction of the peak: between 0 and 1")

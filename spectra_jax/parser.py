@@ -76,7 +76,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
 
 def _making_models(add: Callable) -> None:
-    """train, sweep, quickstart, prepare, import, quantize."""
+    """train, sweep, quickstart, prepare, import, quantize, prune."""
     overrides = (
         "Any value of the config is changed by --config.SECTION.KEY=VALUE, for example --config.train.steps=100\n"
         "--config.data.batch=64 --config.mesh.model=2; a wrong key is answered with the nearest known one.\n"
@@ -133,6 +133,17 @@ def _making_models(add: Callable) -> None:
         "quantize", "Make a quantized run of a float one: evaluate, generate and export take it.",
         "The presets are in configs/quantlm.py. Killed? The same command goes on after the last finished layer.\n\n"
         "Example:\n  spectra quantize --checkpoint=runs/flt --config=configs/quantlm.py:3bit --out=runs/flt-3bit",
+        True,
+    )
+    arg("--checkpoint", required=True, metavar="WORKDIR[@STEP]", help="a float run, by default its newest checkpoint")
+    arg("--config", required=True, metavar="FILE.py[:ARG]", help="config file and the argument of its get_config")
+    arg("--out", required=True, help="folder of the run to make; it must not exist")
+
+    arg = add(
+        "prune", "Make a smaller float run of a float one, with fewer heads and channels in every layer.",
+        "The criteria are in configs/pruned.py; how to train on what is left, in configs/finetune.py.\n\n"
+        "Example:\n  spectra prune --checkpoint=runs/flt --config=configs/pruned.py --config.prune.ratio=0.25 \\\n"
+        "                --out=runs/flt-pruned",
         True,
     )
     arg("--checkpoint", required=True, metavar="WORKDIR[@STEP]", help="a float run, by default its newest checkpoint")

@@ -33,6 +33,9 @@ CHANGES = {
     "quantize.sets": "text",
     "quantize.pattern": "2:4",
     "quantize.saliency": "magnitude",
+    "prune.criterion": "param_first",
+    "prune.reduction": "max",
+    "prune.sets": "text",
 }
 
 
