@@ -54,8 +54,9 @@ class Data:
 
 @dataclass(frozen=True)
 class Train:
-    """How long, and what happens when a step goes wrong."""
+    """From where, how long, and what happens when a step goes wrong."""
 
+    start: str = ""  # WORKDIR[@STEP] of a float or latent model to begin with its parameters; empty: with random ones
     tokens: int = 300_000_000_000
     steps: int = 0  # when positive, overrides `tokens`
     accumulate: int = 1  # microbatches per step

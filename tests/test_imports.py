@@ -16,7 +16,7 @@ MODEL = BASE | {"sharding", "weights", "model"}
 STEP = MODEL | {"train", "train.loss"}
 RUN = STEP | {
     "data", "distributed", "record", "stored", "checkpoint", "metrics", "timer", "evaluate", "train.guard",
-    "train.workdir",
+    "train.start", "train.workdir",
 }
 ALLOWED = {
     "errors": set(),
@@ -44,6 +44,7 @@ ALLOWED = {
     "train": MODEL | {"callable", "train.loss"},
     "train.guard": {"errors"},
     "train.workdir": BASE | {"data"},
+    "train.start": MODEL | {"data", "record", "stored", "checkpoint", "train.workdir"},
     "evaluate": MODEL | {"callable", "data", "train.loss"},
     "train.loop": RUN,
     "serve": MODEL | {"data", "checksum", "stored", "checkpoint", "train.workdir"},

@@ -34,6 +34,7 @@ from spectra_jax.train.describe import describe, flops_per_token
 from spectra_jax.train.guard import StopRequest, Watchdog, only_run_in
 from spectra_jax.train.profile import Profile
 from spectra_jax.train.schedule import interventions
+from spectra_jax.train.start import check_start, started
 from spectra_jax.train.step import State, init_state, make_step
 from spectra_jax.train.weight_stats import Codes, make_weight_stats
 from spectra_jax.train.workdir import open_workdir
@@ -59,6 +60,7 @@ def train(config: Config, workdir: Path | str, *, accept_changes: bool = False) 
     loader, first = make_loader(config, "train"), jax.process_index() == 0
     with jax.set_mesh(mesh), ExitStack() as stack:
         get_rule(config.model.weight), graphdef_of(config.model)  # a bad config fails before anything is written
+        check_start(config, loader, workdir)
         if first:
             stack.enter_context(only_run_in(workdir))
         open_workdir(workdir, config, loader, accept_changes)
@@ -102,7 +104,7 @@ def make_loader(config: Config, split: str, mixture: tuple | None = None) -> Loa
 
 
 def restore_or_init(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> tuple[int, State]:
-    """How many steps are done, and the state after them: from the newest checkpoint, else fresh from the seed.
+    """How many steps are done, and the state after them: from the newest checkpoint, else as a run begins.
 
     Never both are in memory.
     """
@@ -114,7 +116,7 @@ def restore_or_init(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> tup
             f"train for at least {newest} steps or use a new --workdir"
         )
     restored = checkpoints.restore_newest(abstract(jax.eval_shape(init, key), mesh))
-    return restored or (0, jax.jit(init)(key))
+    return restored or (0, started(config, jax.jit(init)(key)))
 
 
 @dataclass
