@@ -15,7 +15,7 @@ All are functions of api.py but `load`, below, and `analysis`.
 from importlib import import_module
 from typing import Any
 
-PACKAGES = ("analysis", "evaluate", "plan", "prepare", "quantize", "train")
+PACKAGES = ("analysis", "evaluate", "plan", "prepare", "prune", "quantize", "train")
 FUNCTIONS = ("import_model",)
 
 

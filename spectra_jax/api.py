@@ -21,6 +21,7 @@ from spectra_jax.evaluate.tasks import evaluate_tasks, read_items
 from spectra_jax.evaluate.windows import evaluate_texts
 from spectra_jax.interop import importing
 from spectra_jax.plan import table as plans
+from spectra_jax.prune import pipeline as pruning
 from spectra_jax.quantize import pipeline
 from spectra_jax.schema import Config
 from spectra_jax.serve.load import load
@@ -96,6 +97,17 @@ def quantize(
       UserError: as `config_of` and `spectra_jax.quantize.pipeline.quantize`.
     """
     return pipeline.quantize(str(checkpoint), config_of(config, overrides), out)
+
+
+def prune(
+    checkpoint: str | Path, config: Any, out: str | Path, overrides: Mapping[str, Any] = {}
+) -> Path:
+    """Makes the run `out` of a float one, with fewer heads and channels; where it is.
+
+    Raises:
+      UserError: as `config_of` and `spectra_jax.prune.pipeline.prune`.
+    """
+    return pruning.prune(str(checkpoint), config_of(config, overrides), out)
 
 
 def evaluate(

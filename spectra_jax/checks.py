@@ -27,6 +27,7 @@ def check(config: Config) -> Config:
         ("checkpoint", ("every_steps", "keep")),
         ("metrics", ("every_steps", "profile_steps")),
         ("quantize", ("samples", "batch", "block")),
+        ("prune", ("samples", "multiple")),
     ):
         for name in names:
             value = getattr(getattr(config, section), name)
@@ -80,6 +81,9 @@ def check(config: Config) -> Config:
         "config.distill: next_token, logits and features are all 0, so that the teacher teaches nothing",
     )
     _require(distill.temperature > 0, f"config.distill.temperature={distill.temperature} must be positive")
+    _require(
+        0 < config.prune.ratio < 1, f"config.prune.ratio={config.prune.ratio} is the share that goes: between 0 and 1"
+    )
     _require(bool(config.name), "config.name is empty; runs are told apart by their names")
     _require(s.peak > 0, f"config.schedule.peak={s.peak} must be positive")
     _require(0 <= s.final <= 1, f"config.schedule.final={s.final} is a fraction of the peak: between 0 and 1")

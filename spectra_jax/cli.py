@@ -142,6 +142,16 @@ def quantize(args: argparse.Namespace) -> None:
     print(quantize(args.checkpoint, config.load(args.config, args.overrides), args.out))
 
 
+def prune(args: argparse.Namespace) -> None:
+    from spectra_jax import config
+    from spectra_jax.prune.pipeline import prune
+
+    if others := [text for text in args.overrides if not text.startswith(("prune.", "name="))]:
+        raise UserError(f"--config.{others[0]}: model and data are the checkpoint's; config.prune.* and config.name "
+                        "are what can be set here")
+    print(prune(args.checkpoint, config.load(args.config, args.overrides), args.out))
+
+
 def export(args: argparse.Namespace) -> None:
     types = {"matrices": args.type, "embedding": args.embedding_type, "head": args.head_type}
     types = {name: kind for name, kind in types.items() if kind is not None}
@@ -239,8 +249,8 @@ def quickstart(args: argparse.Namespace) -> None:
 COMMANDS = {
     function.__name__.rstrip("_"): function
     for function in (
-        train, sweep, quickstart, prepare, import_, quantize, evaluate, harness, compare, generate, pack, export, plot,
-        analyze, report, checkpoints, verify, plan, suite,
+        train, sweep, quickstart, prepare, import_, quantize, prune, evaluate, harness, compare, generate, pack, export,
+        plot, analyze, report, checkpoints, verify, plan, suite,
     )
 }
 

@@ -76,7 +76,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
 
 def _making_models(add: Callable) -> None:
-    """train, sweep, quickstart, prepare, import, quantize."""
+    """train, sweep, quickstart, prepare, import, quantize, prune."""
     overrides = (
         "Any value of the config is changed by --config.SECTION.KEY=VALUE, for example --config.train.steps=100\n"
         "--config.data.batch=64 --config.mesh.model=2; a wrong key is answered with the nearest known one.\n"
@@ -129,15 +129,22 @@ def _making_models(add: Callable) -> None:
     arg("--scale-shards", type=int, default=1, help="scales per quantized matrix (default %(default)s)")
     arg("--tokenizer", default=None, metavar="FILE", help="a tokenizer.json in place of the model's own")
 
-    arg = add(
+    quantize = add(
         "quantize", "Make a quantized run of a float one: evaluate, generate and export take it.",
         "The presets are in configs/quantlm.py. Killed? The same command goes on after the last finished layer.\n\n"
         "Example:\n  spectra quantize --checkpoint=runs/flt --config=configs/quantlm.py:3bit --out=runs/flt-3bit",
         True,
     )
-    arg("--checkpoint", required=True, metavar="WORKDIR[@STEP]", help="a float run, by default its newest checkpoint")
-    arg("--config", required=True, metavar="FILE.py[:ARG]", help="config file and the argument of its get_config")
-    arg("--out", required=True, help="folder of the run to make; it must not exist")
+    prune = add(
+        "prune", "Make a smaller float run of a float one, with fewer heads and channels in every layer.",
+        "The criteria are in configs/pruned.py; configs/finetune.py trains what is left.\n\nExample:\n"
+        "  spectra prune --checkpoint=runs/flt --config=configs/pruned.py --config.prune.ratio=0.25 --out=runs/cut",
+        True,
+    )
+    for arg in (quantize, prune):
+        arg("--checkpoint", required=True, metavar="WORKDIR[@STEP]", help="a float run, by default its newest step")
+        arg("--config", required=True, metavar="FILE.py[:ARG]", help="config file and the argument of its get_config")
+        arg("--out", required=True, help="folder of the run to make; it must not exist")
 
 
 def _using_models(add: Callable) -> None:

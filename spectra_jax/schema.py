@@ -62,7 +62,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Train:
-    """How long, and what happens when a step goes wrong."""
+    """From where, how long, and what happens when a step goes wrong."""
 
     tokens: int = 300_000_000_000
     steps: int = 0  # when positive, overrides `tokens`
@@ -208,6 +208,21 @@ class Quantize:
 
 
 @dataclass(frozen=True)
+class Prune:
+    """How a trained float model gets fewer heads and channels (`spectra prune`); defaults are LLM-Pruner's."""
+
+    criterion: str = "none"  # param_first, ...: the names in spectra_jax/prune/importance.py; or "random"
+    ratio: float = 0.25  # the share of the channels of attention and of the MLP that go, in every layer
+    reduction: str = "sum"  # of a channel's importances in the matrices it runs through; or max, mean, prod, first
+    multiple: int = 1  # channels of the MLP are kept in multiples of it, for groups of a quantizer or tiles of a device
+    # The text that gradients are taken on. Empty sets: those that the model was trained on.
+    sets: tuple[str, ...] = ()
+    samples: int = 10
+    tokens: int = 64  # of each sample; 0: all
+    seed: int = 0  # of the choice of samples, and of "random"
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that decides a run."""
 
@@ -225,6 +240,7 @@ class Config:
     evaluate: Evaluate = field(default_factory=Evaluate)
     metrics: Metrics = field(default_factory=Metrics)
     quantize: Quantize = field(default_factory=Quantize)
+    prune: Prune = field(default_factory=Prune)
 
     @property
     def tokens_per_step(self) -> int:

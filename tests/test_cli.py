@@ -16,6 +16,7 @@ COMMANDS = {
     "sweep": ["--sweep", "get_sweep", "one subfolder per row"],
     "prepare": ["--tokenizer", "train:N", "--context", "tfds:NAME", "default 2048", "resumes"],
     "evaluate": ["WORKDIR[@STEP]", "--sets", "default validation"],
+    "prune": ["--checkpoint", "--config.prune.ratio", "configs/pruned.py", "configs/finetune.py"],
     "generate": ["--prompt", "--temperature", "--top-k", "0 for all"],
     "import": [".gguf", "--weight", "runs/smollm2"],
     "export": ["--to", "--out", "transformers loads", "bfloat16"],

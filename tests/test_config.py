@@ -29,6 +29,7 @@ CHANGES = {
     "model.remat": "dots",
     "data.sets": "web=3,books",
     "optimizer.no_decay": "norm,embedding",
+    "train.start": "runs/other",
     "schedule.shape": "linear",
     "schedule.lowering": "continuous",
     "schedule.remove_at": "0.5",
@@ -39,6 +40,9 @@ CHANGES = {
     "quantize.sets": "text",
     "quantize.pattern": "2:4",
     "quantize.saliency": "magnitude",
+    "prune.criterion": "param_first",
+    "prune.reduction": "max",
+    "prune.sets": "text",
 }
 
 

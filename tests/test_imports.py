@@ -56,7 +56,11 @@ ALLOWED = {
     "evaluate.harness": {"errors", "evaluate", "evaluate.adapter", "serve"},
     "evaluate.report": MODEL | {"data", "evaluate", "evaluate.windows", "evaluate.tasks", "serve"},
     "made": BASE | {"checkpoint", "train.workdir", "weights"},
-    "quantize": MODEL | {"callable", "data", "made", "checksum", "record", "stored", "train.workdir", "serve"},
+    "calibration": {"errors", "schema", "data", "serve"},
+    "quantize": MODEL | {
+        "callable", "calibration", "made", "checksum", "record", "stored", "train.workdir", "serve",
+    },
+    "prune": STEP | {"callable", "calibration", "data", "made", "record", "stored", "train.workdir", "serve"},
     "interop": MODEL | {"data", "record", "stored", "made", "serve"},
     "analysis.plots.style": {"errors"},
     "analysis.plots": {"errors", "metrics", "analysis.plots.style", "analysis.scaling_laws", "analysis.accelerators"},
@@ -73,7 +77,7 @@ ALLOWED = {
 # Modules that exist for `python -m spectra_jax.COMMAND`: they hand over to the command line.
 ENTRIES = {
     "checkpoints", "prepare", "import", "export", "plot", "generate", "harness", "train.__main__", "evaluate.__main__",
-    "quantize.__main__",
+    "quantize.__main__", "prune.__main__",
 }
 ALLOWED |= dict.fromkeys(ENTRIES, {"cli", "callable"})
 # The command line, and commands that compose all the rest.

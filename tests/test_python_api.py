@@ -21,7 +21,7 @@ TINY_VALUES = dict(text.split("=", 1) for text in TINY) | {"data.sets": (str(dat
 def test_packages_are_functions_and_packages():
     import spectra_jax.train.loop
 
-    for name in ("prepare", "train", "evaluate", "quantize", "plan"):
+    for name in ("prepare", "train", "evaluate", "quantize", "prune", "plan"):
         package = getattr(spectra_jax, name)
         assert inspect.signature(package) == inspect.signature(getattr(api, name)) and name in dir(spectra_jax)
     assert inspect.ismodule(spectra_jax.train) and spectra_jax.train.loop.train is not spectra_jax.train

@@ -17,8 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 
 from spectra_jax import config as configs
-from spectra_jax.data.loader import Loader
-from spectra_jax.data.manifest import Manifest
+from spectra_jax.calibration import calibration_loader
 from spectra_jax.errors import UserError
 from spectra_jax.made import refuse_existing, write_made
 from spectra_jax.model.matrices import MATRICES, Key
@@ -95,25 +94,12 @@ def calibration(source: Loaded, q: Quantize) -> tuple[list[Int[Array, "B T"]], s
     Raises:
       UserError: sets that are missing, of another tokenizer, or too small.
     """
-    data = replace(source.config.data, sets=q.sets or source.config.data.sets)
-    sets = replace(source.config, data=data).mixture
-    if not sets:
-        raise UserError(
-            "no calibration text: name a prepared set with --config.quantize.sets=FOLDER; to make one, "
-            "spectra prepare TEXTS --out=FOLDER --tokenizer=RUN/tokenizer.json"
-        )
-    batch, T = -(-q.batch // source.mesh.size) * source.mesh.size, Manifest.load(Path(sets[0][0])).T
-    if T > data.T:
-        raise UserError(
-            f"{sets[0][0]} holds records of {T} tokens, the model reads {data.T}; prepare it again with "
-            f"--context={data.T} or less"
-        )
-    loader = Loader(sets, split="train", T=T, B=batch, V=source.config.model.V, seed=q.seed)
-    loader.check_tokenizer(source.tokenizer)
+    batch = -(-q.batch // source.mesh.size) * source.mesh.size
+    loader = calibration_loader(source, q, batch=batch, section="quantize")
     if q.samples > len(loader) or q.samples % batch:
         raise UserError(
             f"config.quantize.samples={q.samples} must be a multiple of the {batch} that run at once and at most the "
-            f"{len(loader)} records of {T} tokens in {', '.join(path for path, _ in sets)}; use "
+            f"{len(loader)} records of {loader.T} tokens in {', '.join(map(str, loader.folders))}; use "
             f"{min(len(loader), q.samples) // batch * batch or batch}, or prepare more text"
         )
     spread = batch_sharding(source.mesh)

@@ -28,7 +28,7 @@ def describe(config: Config, mesh: Mesh, peak: Peak, workdir: Path, start: int, 
     """Model, schedule and place of a run that goes on after step `start`; its devices, MFU and parameters."""
     m, data, counts = config.model, config.data, count(config.model)
     shape = " x ".join(f"{n} {axis}" for axis, n in mesh.shape.items())
-    where = f"resuming after step {start}" if start else "from scratch"
+    where = f"resuming after step {start}" if start else f"from {config.train.start or 'scratch'}"
     return (
         f"{config.family} {config.name}: {counts.total:,} parameters ({counts.linear:,} in {m.weight} "
         f"matrices), {config.steps:,} steps of {data.batch} x {data.T} tokens, {where}, into {workdir}\n"
