@@ -29,7 +29,6 @@ CHANGES = {
     "model.remat": "dots",
     "data.sets": "web=3,books",
     "optimizer.no_decay": "norm,embedding",
-    "train.start": "runs/other",
     "schedule.shape": "linear",
     "schedule.lowering": "continuous",
     "schedule.remove_at": "0.5",
