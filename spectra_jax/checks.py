@@ -4,7 +4,7 @@ from dataclasses import fields, is_dataclass
 from math import gcd, isfinite
 
 from spectra_jax.errors import UserError, one_of
-from spectra_jax.schema import Config, Model, parse_rate, parse_set
+from spectra_jax.schema import Config, Distill, Model, parse_rate, parse_set
 
 
 def _require(condition: bool, message: str) -> None:
@@ -75,12 +75,7 @@ def check(config: Config) -> Config:
     one_of(config.quantize.scale_dtype, ("float16", "bfloat16", "float32"), "config.quantize.scale_dtype")
     for text in o.rates:
         parse_rate(text)
-    distill = config.distill
-    _require(
-        not distill.teacher or distill.next_token + distill.logits + distill.features > 0,
-        "config.distill: next_token, logits and features are all 0, so that the teacher teaches nothing",
-    )
-    _require(distill.temperature > 0, f"config.distill.temperature={distill.temperature} must be positive")
+    _check_distill(config.distill)
     _require(
         0 < config.prune.ratio < 1, f"config.prune.ratio={config.prune.ratio} is the share that goes: between 0 and 1"
     )
@@ -94,6 +89,14 @@ def check(config: Config) -> Config:
         weight = parse_set(text)[1]
         _require(isfinite(weight) and weight > 0, f"config.data.sets: the weight in {text!r} must be positive")
     return config
+
+
+def _check_distill(d: Distill) -> None:
+    _require(
+        not d.teacher or d.next_token + d.logits + d.features > 0,
+        "config.distill: next_token, logits and features are all 0, so that the teacher teaches nothing",
+    )
+    _require(d.temperature > 0, f"config.distill.temperature={d.temperature} must be positive")
 
 
 def _check_mixer(m: Model) -> None:
