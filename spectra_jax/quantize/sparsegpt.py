@@ -136,8 +136,8 @@ def _solve(
 
     def choose(drop: Array, place: Array, row: Array, ahead: Ahead) -> tuple[Array, Array]:
         if pattern:
-            lowest = lambda: lowest(scores(ahead(size), place), pattern[0])  # noqa: E731
-            drop = jax.lax.cond(place % size == 0, lowest, lambda: drop)
+            anew = lambda: lowest(scores(ahead(size), place), pattern[0])  # noqa: E731
+            drop = jax.lax.cond(place % size == 0, anew, lambda: drop)
         kept = row.astype(q.scale_dtype).astype(row.dtype)
         if levels is not None:
             kept = levels.decode(levels.encode(row[None]))[0]
