@@ -9,21 +9,13 @@ Answers:  the recovery stage of LLM-Pruner (arXiv 2305.11627, section 3.3) by it
           parameters and on plain text; the paper trains LoRA of rank 8 for two epochs of Alpaca
 """
 
-from dataclasses import asdict
-
-from spectra_jax import config
-from spectra_jax.stored import parse_checkpoint
-from spectra_jax.train.workdir import read_config
+from spectra_jax.train.start import config_from
 
 
 def get_config(run: str = ""):
     """The config of `run` with a short schedule that begins with its parameters; without one, the schema's shape."""
-    c = config.default()
-    if run:
-        start = read_config(parse_checkpoint(run)[0])
-        c.update({name: value for name, value in asdict(start).items() if name in ("family", "model", "data")})
-        c.name = f"{start.name}-tuned"
-    c.train.start = run
+    c = config_from(run)
+    c.name = "tuned"
     c.train.tokens, c.data.batch = 50_000_000, 64
     c.schedule.shape, c.schedule.peak, c.schedule.warmup = "cosine", 1e-4, 0.03  # the warm-up is ours
     return c

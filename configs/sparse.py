@@ -8,20 +8,13 @@ Loss:     not measured
 Answers:  Sparse Llama (arXiv 2405.03594): 50 % by SparseGPT, then 45 to 50B tokens; then 70 %, and 100B more
 """
 
-from dataclasses import asdict
-
-from spectra_jax import config
-from spectra_jax.stored import parse_checkpoint
-from spectra_jax.train.workdir import read_config
+from spectra_jax.train.start import config_from
 
 
 def get_config(run: str = ""):
     """On the shape and data of `run`, with a constant mask; without one, on the schema's shape."""
-    c = config.default()
-    if run:
-        start = asdict(read_config(parse_checkpoint(run)[0]))
-        c.update({name: start[name] for name in ("model", "data")})
-    c.family, c.name, c.train.start = "SparseLM", "sparse", run
+    c = config_from(run)
+    c.family, c.name = "SparseLM", "sparse"
     c.model.weight, c.optimizer.keep_zeros = "sparse", True
     c.train.tokens = 50_000_000_000
     c.schedule.peak = 1e-4  # not known

@@ -46,7 +46,7 @@ def updates(run: str | Path) -> pd.DataFrame:
     effective_max, effective_mean (of the magnitudes of changes); flips (share of codes that differ).
 
     Raises:
-      UserError: a run that was made and not trained, or without at least two checkpoints.
+      UserError: a run that was made and not trained, that trains no matrix, or without at least two checkpoints.
     """
     config, rows = read_config(run), []
     points = _points(run)
@@ -63,7 +63,7 @@ def updates(run: str | Path) -> pd.DataFrame:
                     a, b = (block_matrices(tree)[key][layer] for tree in trees)
                     change = np.abs(a.astype(np.float64) - b)
                     row |= {f"{name}_max": change.max(), f"{name}_mean": change.mean()}
-                if now.codes:
+                if key in now.codes:
                     row["flips"] = float(np.mean(now.codes[key][layer] != before.codes[key][layer]))
                 rows.append(row)
         before = now
@@ -110,6 +110,9 @@ def _points(run: str | Path, with_graph: bool = False) -> Iterator[Any]:
     if not is_trained(run):
         raise UserError(f"{run} is a {config.family} that was made and not trained: it has one state and no latent "
                         "weights; name the run that it was made of")
+    if not get_rule(config.model.weight).holds_matrix:
+        raise UserError(f"{run} is trained under {config.model.weight}, by factors and scales in the place of weights: "
+                        "there is no matrix whose way could be followed")
     checkpoints = Checkpoints(run)
     steps, kept = checkpoints.chosen(None), set(config.permanent_steps)
     checkpoints.close()
@@ -125,7 +128,8 @@ def _points(run: str | Path, with_graph: bool = False) -> Iterator[Any]:
         if get_rule(m.weight).quantized:
             with jax.set_mesh(model.mesh):
                 frozen = block_matrices(freeze(m, model.parameters))
-                codes = {key: np.asarray(w.core.codes) for key, w in frozen.items()}
+                # A map of what is zero is no code.
+                codes = {key: np.asarray(w.core.codes) for key, w in frozen.items() if hasattr(w.core, "codes")}
                 dense = {key: jax.vmap(lambda one: one.dequantize())(w) for key, w in frozen.items()}
                 latent, put = block_matrices(model.parameters), get_rule(m.weight).with_matrix
                 dense = {key: put(latent[key], w) for key, w in dense.items()}

@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 from spectra_jax.model.parameters import block_matrices, count, freeze, init_parameters, plain
 from spectra_jax.schema import Config
 from spectra_jax.weights.form import FLOAT_BITS, is_form, size_in_bits, skeleton
+from spectra_jax.weights.packed import unpack
 
 
 def sizes(config: Config, parameters: PyTree) -> dict[str, Any]:
@@ -36,7 +37,8 @@ def shapes(config: Config, record: Mapping[str, Any]) -> PyTree:
     like = jax.eval_shape(partial(init_parameters, config.model), jax.random.key(0))
     if not record.get("forms"):
         return jax.eval_shape(partial(freeze, config.model), like)
-    return skeleton(
-        record["forms"], record["arrays"]["parameters"], plain(config.model, like),
-        lambda entry, _: jax.ShapeDtypeStruct(entry[1], entry[0]),
+    like = plain(config.model, like)
+    stored = skeleton(
+        record["forms"], record["arrays"]["parameters"], like, lambda entry, _: jax.ShapeDtypeStruct(entry[1], entry[0])
     )
+    return jax.eval_shape(partial(unpack, like=like), stored)

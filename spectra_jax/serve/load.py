@@ -20,6 +20,7 @@ from spectra_jax.schema import Config, Mesh
 from spectra_jax.sharding import make_mesh
 from spectra_jax.stored import abstract, parse_checkpoint, record_of
 from spectra_jax.train.workdir import read_config
+from spectra_jax.weights import get_rule
 from spectra_jax.weights.form import is_form, part_sharding, skeleton
 from spectra_jax.weights.packed import spread, unpack
 
@@ -46,7 +47,8 @@ def load(
     """Loads `WORKDIR[@STEP]`, by default the newest step, spread over the devices of this machine.
 
     Args:
-      latent: keep latent weights instead of freezing them to codes and scales. None: keep them where there are any.
+      latent: keep latent weights instead of freezing them to codes and scales. None: keep them where there are any that
+        hold the matrix.
       devices: where to; by default all. The mesh that the model was trained on does not matter.
       model_parallel: devices that share a matrix and the heads (the mesh's "model" axis).
 
@@ -72,7 +74,8 @@ def load(
             parameters = _restore_forms(checkpoints, step, like, forms, record["arrays"]["parameters"])
         else:
             parameters = checkpoints.restore_parameters(step, like)
-            parameters = freeze(config.model, parameters) if latent is False else parameters
+            keep = get_rule(config.model.weight).holds_matrix if latent is None else latent
+            parameters = parameters if keep else freeze(config.model, parameters)
         graphdef = graphdef_of(config.model)
     checkpoints.close()
     tokenizer = tokenizers.load(str(workdir / "tokenizer.json"))

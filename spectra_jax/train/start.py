@@ -1,13 +1,16 @@
 """What a run begins with besides random numbers: the weights of another run, and a teacher."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 
+from spectra_jax import config as configs
 from spectra_jax.data import tokenizer as tokenizers
 from spectra_jax.data.loader import Loader
 from spectra_jax.errors import UserError
@@ -24,6 +27,21 @@ from spectra_jax.weights import get_rule
 from spectra_jax.weights.form import Form, is_form
 
 SHAPE = ("V", "D", "F", "L", "N", "K", "H", "tie_embeddings", "mixer")
+
+
+def config_from(run: str) -> Any:
+    """Where a config file starts that begins with the run WORKDIR[@STEP]: `config.default()` with its family, shape and
+    data. Without a run, with the schema's.
+
+    Raises:
+      UserError: there is no such run.
+    """
+    c = configs.default()
+    if run:
+        found = asdict(read_config(parse_checkpoint(run)[0]))
+        c.update({name: found[name] for name in ("family", "model", "data")})
+    c.train.start = run
+    return c
 
 
 def first_state(config: Config, mesh: Mesh, key: Array) -> State:
@@ -44,9 +62,9 @@ def first_state(config: Config, mesh: Mesh, key: Array) -> State:
 def started(config: Config, mesh: Mesh, fresh: dict) -> dict:
     """The parameters of `config.train.start` in the place of `fresh` ones, which tell shapes and shardings.
 
-    Latent weights are taken where that run keeps them, else the matrices that its forms stand for. What a weight rule
-    learns beside a matrix begins as the rule says. Gains that only the other run has are dropped, and those that only
-    this one has begin at 1.
+    Latent weights are taken where that run keeps them, else the matrices that its stored forms stand for. What a weight
+    rule learns beside a matrix begins as the rule says. Gains that only the other run has are dropped, and those that
+    only this one has begin at 1.
 
     Raises:
       UserError: no such step, or a checkpoint that is damaged.

@@ -45,6 +45,7 @@ class LRQAT(Rule):
 
     name = "lrqat"
     gathers = False
+    holds_matrix = False
 
     @property
     def code_bits(self) -> int:

@@ -54,6 +54,8 @@ class Rule:
     quantized = True
     #: Whether codes may cross between devices in place of the matrix (gather.py): one scale per shard, nothing learned.
     gathers = True
+    #: Whether what is trained holds the matrix in its own units, so that it can be looked at, and begun with.
+    holds_matrix = True
     #: Whether `activation` normalises its input, which replaces the norms before attention and MLP.
     normalises_input = False
 

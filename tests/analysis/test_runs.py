@@ -11,6 +11,7 @@ from helpers import TERNARY, data, trained
 from spectra_jax.analysis import runs
 from spectra_jax.errors import UserError
 from spectra_jax.serve.load import load
+from spectra_jax.serve.pack import pack
 from spectra_jax.weights.form import size_in_bits
 
 
@@ -30,6 +31,15 @@ def test_a_suite(suite):
         assert (table.loc[name, "stored_bits"], table.loc[name, "paper_bits"]) == (stored, paper)
         finished = json.loads((suite / name / "finished.json").read_text())
         assert table.loc[name, "loss"] == finished["loss"] == pytest.approx(runs.losses(suite / name)["data"].mean())
+
+
+@pytest.mark.parametrize("trits", [False, True])
+def test_a_packed_run_is_as_large_as_its_forms(trits, tmp_path):
+    folder = trained(*TERNARY)
+    pack(str(folder), tmp_path / "packed", trits=trits)
+    table = runs.table([folder, tmp_path / "packed"]).set_index("run")
+    assert table.loc["packed", "stored_bits"] == size_in_bits(load(str(tmp_path / "packed")).parameters)[0]
+    assert table.loc["packed", "bits_per_weight"] == table.loc[folder.name, "bits_per_weight"] < 3
 
 
 def test_runs_that_no_sweep_made():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import SCRATCH, TERNARY, copy_of, data, prepare_set, same_bits, state_on_disk, tiny, trained
 
+from spectra_jax.analysis.dynamics import updates
 from spectra_jax.errors import UserError
 from spectra_jax.evaluate.report import evaluate_sets
 from spectra_jax.metrics import read as read_metrics
@@ -16,6 +17,7 @@ from spectra_jax.serve.load import load
 from spectra_jax.sharding import make_mesh
 from spectra_jax.train.loop import train
 from spectra_jax.train.start import first_state
+from spectra_jax.train.step import init_state
 
 
 @functools.cache
@@ -60,6 +62,28 @@ def test_a_quantized_run_is_begun_with_what_its_forms_stand_for():
     np.testing.assert_array_equal(found, np.asarray(jax.vmap(lambda one: one.dequantize())(forms)))
 
 
+def test_a_run_begins_with_the_matrices_of_one_that_trained_factors():
+    source = trained("model.weight=lrqat:group=8,rank=2")
+    found = first_parameters(f"train.start={source}")["blocks"]["mlp"]["up"]["w"]
+    form = load(str(source)).parameters["blocks"]["mlp"]["up"]["w"]
+    scales = np.repeat(np.asarray(form.scales, np.float32), 8, axis=1)
+    np.testing.assert_array_equal(found, np.asarray(form.codes, np.float32) * scales)
+    with pytest.raises(UserError, match="there is no matrix whose way could be followed"):
+        updates(source)
+
+
+def test_nothing_is_kept_of_what_is_not_trained():
+    """LR-QAT: a byte for each weight, and two moments of factors and scales."""
+    config = tiny("model.weight=lrqat:group=8,rank=2", "optimizer.only=w.a,w.b,w.scale")
+    state = jax.eval_shape(functools.partial(init_state, config), jax.random.key(0))
+    up = state["parameters"]["blocks"]["mlp"]["up"]["w"]
+    assert up.master.dtype == np.int8 and up.master.size == 2 * 32 * 64
+    trained = sum(part.size for node in ("attention", "mlp") for matrix in state["parameters"]["blocks"][node].values()
+                  for part in (matrix["w"].a, matrix["w"].b, matrix["w"].scale))
+    moments = [leaf for leaf in jax.tree.leaves(state["optimizer"]) if leaf.ndim]
+    assert sum(leaf.size for leaf in moments) == 2 * trained
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
@@ -87,6 +111,7 @@ def test_it_trains_and_resumes_bit_for_bit(overrides, tmp_path):
     seen = [record for record in read_metrics(whole) if record["kind"] == "eval"][-1]["loss"]
     assert evaluate_sets(model, [str(data())], "validation", 8)[str(data())].loss == pytest.approx(seen, rel=2e-6)
     if "optimizer.keep_zeros=True" in overrides:
+        assert len(updates(whole)) == 2 * 2 * 7  # between checkpoints of steps 4, 8 and 12
         mask = np.asarray(load(str(source)).parameters["blocks"]["mlp"]["up"]["w"].mask)
         w = after["parameters"]["blocks"]["mlp"]["up"]["w"]
         assert 0.4 < mask.mean() < 0.6 and not w[~mask].any() and (w[mask] != 0).mean() > 0.99
