@@ -190,8 +190,9 @@ def quantize_block(
 
 def apart(w: Float[Array, "m n"]) -> Float[Array, "m n"]:
     """The matrix with its outputs spread over all devices: each is quantized by itself."""
-    devices = jax.sharding.get_abstract_mesh().size
-    return gathered(w, P(None, AXES) if w.shape[1] % devices == 0 else P())
+    devices, outputs = jax.sharding.get_abstract_mesh().size, w.shape[1]
+    # A single output is not spread, not even over one device: JAX forgets how a dim of one was.
+    return gathered(w, P(None, AXES) if outputs > 1 and outputs % devices == 0 else P())
 
 
 def solved_matrix(method: Method, w: Array, h: Array | None, q: Quantize, name: str) -> tuple[Form, float]:

@@ -82,7 +82,7 @@ def surgeon(w: np.ndarray, h: np.ndarray, bits: int, group: int, damp: float = 0
 @pytest.mark.slow
 def test_a_block_is_what_the_equations_give():
     """Every matrix of the first block: SVD, V on its inputs, U on what V makes of them, the next band on the sum."""
-    config = settings("delta-come", "bands=8:2,2:rest", "delta_bits=0", "float64=True", "scale_dtype=float32")
+    config = settings("delta-come", "bands=8:1,8:1,2:rest", "delta_bits=0", "float64=True", "scale_dtype=float32")
     q = config.quantize
     with jax.set_mesh(load(pair()[1], devices=jax.devices()[:1]).mesh):
         blocks, base, tuned, batches = first_block(q)
@@ -92,7 +92,7 @@ def test_a_block_is_what_the_equations_give():
         below = {key: np.float64(np.asarray(base[key[0]][key[1]]["w"]).astype(np.float16)) for key in MATRICES}
         w = dict(below)
         svd = {key: np.linalg.svd(target[key] - w[key], full_matrices=False) for key in MATRICES}
-        for bits, start, count in ((8, 0, 2), (2, 2, 99)):
+        for bits, start, count in ((8, 0, 1), (8, 1, 1), (2, 2, 99)):
             for keys in pipeline.STAGES:
                 for module, name in MATRICES:
                     current[module][name] = {"w": np.float32(w[module, name])}
