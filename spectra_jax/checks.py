@@ -4,7 +4,7 @@ from dataclasses import fields, is_dataclass
 from math import gcd, isfinite
 
 from spectra_jax.errors import UserError, one_of
-from spectra_jax.schema import Config, Distill, Model, parse_rate, parse_set
+from spectra_jax.schema import Config, Distill, Model, parse_band, parse_rate, parse_set
 
 
 def _require(condition: bool, message: str) -> None:
@@ -73,6 +73,9 @@ def check(config: Config) -> Config:
         2 <= config.quantize.bits <= 8, f"config.quantize.bits={config.quantize.bits}: from 2 to 8 are stored"
     )
     one_of(config.quantize.scale_dtype, ("float16", "bfloat16", "float32"), "config.quantize.scale_dtype")
+    one_of(config.quantize.base_dtype, ("float16", "bfloat16", "float32"), "config.quantize.base_dtype")
+    for text in config.quantize.bands:
+        parse_band(text)
     for text in o.rates:
         parse_rate(text)
     _check_distill(config.distill)

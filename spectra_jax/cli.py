@@ -152,6 +152,16 @@ def prune(args: argparse.Namespace) -> None:
     print(prune(args.checkpoint, config.load(args.config, args.overrides), args.out))
 
 
+def delta(args: argparse.Namespace) -> None:
+    from spectra_jax import config
+    from spectra_jax.quantize.delta import compress
+
+    if others := [text for text in args.overrides if not text.startswith(("quantize.", "name="))]:
+        raise UserError(f"--config.{others[0]}: model and data are the checkpoints'; config.quantize.* and config.name "
+                        "are what can be set here")
+    print(compress(args.base, args.finetuned, config.load(args.config, args.overrides), args.out))
+
+
 def export(args: argparse.Namespace) -> None:
     types = {"matrices": args.type, "embedding": args.embedding_type, "head": args.head_type}
     types = {name: kind for name, kind in types.items() if kind is not None}
@@ -249,8 +259,8 @@ def quickstart(args: argparse.Namespace) -> None:
 COMMANDS = {
     function.__name__.rstrip("_"): function
     for function in (
-        train, sweep, quickstart, prepare, import_, quantize, prune, evaluate, harness, compare, generate, pack, export,
-        plot, analyze, report, checkpoints, verify, plan, suite,
+        train, sweep, quickstart, prepare, import_, quantize, prune, delta, evaluate, harness, compare, generate, pack,
+        export, plot, analyze, report, checkpoints, verify, plan, suite,
     )
 }
 

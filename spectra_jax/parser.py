@@ -76,7 +76,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
 
 def _making_models(add: Callable) -> None:
-    """train, sweep, quickstart, prepare, import, quantize, prune."""
+    """train, sweep, quickstart, prepare, import, quantize, prune, delta."""
     overrides = (
         "Any value of the config is changed by --config.SECTION.KEY=VALUE, for example --config.train.steps=100\n"
         "--config.data.batch=64 --config.mesh.model=2; a wrong key is answered with the nearest known one.\n"
@@ -141,8 +141,17 @@ def _making_models(add: Callable) -> None:
         "  spectra prune --checkpoint=runs/flt --config=configs/pruned.py --config.prune.ratio=0.25 --out=runs/cut",
         True,
     )
+    delta = add(
+        "delta", "Make a run of a base and a compressed delta to a fine-tuned model, or of two checkpoints of one run.",
+        "The presets are in configs/delta.py.\n\nExample:\n"
+        "  spectra delta runs/flt runs/flt-tuned --config=configs/delta.py --out=runs/flt-delta",
+        True,
+    )
+    delta("base", metavar="BASE[@STEP]", help="the float run that is added to, by default its newest step")
+    delta("finetuned", metavar="FINETUNED[@STEP]", help="one of its shape and tokenizer, which the sum approaches")
     for arg in (quantize, prune):
         arg("--checkpoint", required=True, metavar="WORKDIR[@STEP]", help="a float run, by default its newest step")
+    for arg in (quantize, prune, delta):
         arg("--config", required=True, metavar="FILE.py[:ARG]", help="config file and the argument of its get_config")
         arg("--out", required=True, help="folder of the run to make; it must not exist")
 

@@ -205,6 +205,11 @@ class Quantize:
     pattern: str = ""  # instead of a share, "2:4": of every 4 inputs in a row, 2 go
     saliency: str = "hessian"  # what makes a weight salient; or "magnitude"
     salient: float = 0.1  # the share of weights that PB-LLM stores in `bits` bits; the others are signs
+    # Compressed deltas (`spectra delta`, delta.py): bands of singular vectors, of the largest values first, as
+    # BITS:COUNT; 16 bits are floats; "rest" is all that the bits per weight and the matrix's rank leave.
+    bands: tuple[str, ...] = ("8:2", "3:32", "2:rest")
+    delta_bits: float = 1.0  # of codes per weight of a matrix, at most: the paper's ratio of 1/16; 0: no bound
+    base_dtype: str = "float16"  # what the base is stored in; deltas are taken from it as rounded
 
 
 @dataclass(frozen=True)
@@ -282,6 +287,21 @@ def parse_set(text: str) -> tuple[str, float]:
         raise UserError(
             f"config.data.sets: {text!r} is not PATH or PATH=WEIGHT; {weight!r} is not a number"
         ) from None
+
+
+def parse_band(text: str) -> tuple[int, int | None]:
+    """BITS:COUNT; the count is None for "rest".
+
+    Raises:
+      UserError: it is not of this form, or codes of so many bits are not stored.
+    """
+    bits, _, count = text.partition(":")
+    if bits.isdecimal() and int(bits) in (*range(2, 9), 16) and (count == "rest" or count.isdecimal() and int(count)):
+        return int(bits), None if count == "rest" else int(count)
+    raise UserError(
+        f"config.quantize.bands: {text!r} is not BITS:COUNT with 2 to 8 or 16 bits and a count of at least 1, or "
+        '"rest" for all that is left'
+    )
 
 
 def parse_rate(text: str) -> tuple[str, float]:

@@ -19,6 +19,7 @@ COMMANDS = {
     "prune": ["--checkpoint", "--config.prune.ratio", "configs/pruned.py", "configs/finetune.py"],
     "generate": ["--prompt", "--temperature", "--top-k", "0 for all"],
     "import": [".gguf", "--weight", "runs/smollm2"],
+    "delta": ["BASE[@STEP]", "FINETUNED[@STEP]", "--config", "configs/delta.py"],
     "export": ["--to", "--out", "transformers loads", "bfloat16"],
     "plot": ["workdirs", ".svg", "tokens or step"],
     "suite": ["bits"],

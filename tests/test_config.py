@@ -37,6 +37,8 @@ CHANGES = {
     "quantize.grid": "absmax",
     "quantize.scale_dtype": "float32",
     "quantize.sets": "text",
+    "quantize.bands": "4:2,2:rest",
+    "quantize.base_dtype": "bfloat16",
     "quantize.pattern": "2:4",
     "quantize.saliency": "magnitude",
     "prune.criterion": "param_first",

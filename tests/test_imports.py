@@ -77,7 +77,7 @@ ALLOWED = {
 # Modules that exist for `python -m spectra_jax.COMMAND`: they hand over to the command line.
 ENTRIES = {
     "checkpoints", "prepare", "import", "export", "plot", "generate", "harness", "train.__main__", "evaluate.__main__",
-    "quantize.__main__", "prune.__main__",
+    "quantize.__main__", "prune.__main__", "delta",
 }
 ALLOWED |= dict.fromkeys(ENTRIES, {"cli", "callable"})
 # The command line, and commands that compose all the rest.

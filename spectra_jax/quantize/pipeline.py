@@ -5,10 +5,11 @@ Each layer is calibrated on the outputs of the quantized layers before it, so th
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,7 @@ STAGES: tuple[tuple[Key, ...], ...] = (
     (("attention", "q"), ("attention", "k"), ("attention", "v")), (("attention", "o"),),
     (("mlp", "gate"), ("mlp", "up")), (("mlp", "down"),),
 )
+OneLayer = Callable[[Blocks, int, PyTree, list[Array]], tuple[PyTree, dict[str, float]]]
 
 
 def quantize(checkpoint: str, config: Config, out: Path | str) -> Path:
@@ -55,37 +57,66 @@ def quantize(checkpoint: str, config: Config, out: Path | str) -> Path:
     """
     out, q, method = Path(out), config.quantize, get_method(config.quantize.method, config.quantize.grid)
     refuse_existing(out)
+    source = load_float(checkpoint, "quantize a float model")
+
+    def one(blocks: Blocks, layer: int, latent: PyTree, batches: list[Array]) -> tuple[PyTree, dict[str, float]]:
+        return quantize_block(blocks, latent, batches, q, f"layer {layer}")
+
+    make_run(checkpoint, source, config, out, one, calibrated=method.hessian or method.prepare is not None)
+    return out
+
+
+def load_float(checkpoint: str, instead: str) -> Loaded:
+    """A checkpoint that is not quantized, and whose blocks can be calibrated.
+
+    Raises:
+      UserError: it is, and the message ends with `instead`; or it has another mixer than attention.
+    """
     source = load(checkpoint)
-    m = source.config.model
-    if get_rule(m.weight).quantized or source.record.get("forms"):
-        raise UserError(f"{checkpoint} is quantized already ({source.config.family}); quantize a float model")
-    if m.mixer != "attention":
-        raise UserError(f"{checkpoint} has the mixer {m.mixer}, whose layers are calibrated by nothing yet; quantize a "
+    if get_rule(source.config.model.weight).quantized or source.record.get("forms"):
+        raise UserError(f"{checkpoint} is quantized already ({source.config.family}); {instead}")
+    if (mixer := source.config.model.mixer) != "attention":
+        raise UserError(f"{checkpoint} has the mixer {mixer}, whose layers are calibrated by nothing yet; quantize a "
                         "model with attention, or train this one under a quantized weight rule")
-    workdir, _ = parse_checkpoint(checkpoint)
+    return source
+
+
+def make_run(
+    checkpoint: str, source: Loaded, config: Config, out: Path, one: OneLayer, *, calibrated: bool,
+    decides: Mapping[str, Any] = {}, about: Callable[[PyTree], Mapping[str, Any]] = lambda parameters: {},
+) -> dict[str, Any]:
+    """Writes the run `out` of `source`, which is `checkpoint`, layer by layer; returns what is on record of it.
+
+    Args:
+      config: as of `quantize`.
+      one: (Blocks, layer, its float parameters, what goes into it by batch) -> its parameters in stored forms, and the
+        error of each matrix.
+      calibrated: whether it needs what goes into it.
+      decides: what else, JSON-ready, the numbers depend on.
+      about: what else, JSON-ready, goes on record, of the new parameters.
+    """
+    q, (workdir, _) = config.quantize, parse_checkpoint(checkpoint)
     # As it was trained: what is loaded has the mesh and the batch of this machine.
     made = replace(read_config(workdir), family=config.family, name=config.name, quantize=q)
-    calibrated = method.hessian or method.prepare is not None
     with jax.set_mesh(source.mesh):
         tokens, fingerprint = calibration(source, q) if calibrated else ([], "")
-        decides = {"quantize": asdict(q), "data": fingerprint, "of": source.record["arrays"]["parameters"]}
+        decides = {"quantize": asdict(q), "data": fingerprint, "of": source.record["arrays"]["parameters"], **decides}
         layers = Layers(out, decides)
         blocks, errors = [], []
-        for parameters, found in _layers(source, q, tokens, layers):
+        for parameters, found in _layers(source, one, tokens, layers):
             blocks.append(parameters), errors.append(found)
         stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *blocks)
         parameters = {**source.parameters, "blocks": _placed(stacked, source.parameters["blocks"])}
         stored, paper = size_in_bits(parameters)
-        content = make_record(configs.to_dict(made), source.record["tokens"], fingerprint) | {
-            "quantized": {"of": str(checkpoint), "step": source.step, "errors": errors,
-                          "stored_bits": stored, "paper_bits": paper},
-        }
+        quantized = {"of": str(checkpoint), "step": source.step, "errors": errors, "stored_bits": stored,
+                     "paper_bits": paper, **about(parameters)}
+        content = make_record(configs.to_dict(made), source.record["tokens"], fingerprint) | {"quantized": quantized}
         tokenizer = (workdir / "tokenizer.json").read_text("utf-8")
         write_made(
             out, made, parameters, content, tokenizer, step=source.step, fingerprint=read_fingerprint(workdir)
         )
     layers.remove()
-    return out
+    return quantized
 
 
 def calibration(source: Loaded, q: Quantize) -> tuple[list[Int[Array, "B T"]], str]:
@@ -108,7 +139,7 @@ def calibration(source: Loaded, q: Quantize) -> tuple[list[Int[Array, "B T"]], s
 
 
 def _layers(
-    source: Loaded, q: Quantize, tokens: list[Array], kept: Layers
+    source: Loaded, one: OneLayer, tokens: list[Array], kept: Layers
 ) -> Iterator[tuple[PyTree, dict[str, float]]]:
     """Every layer's quantized parameters as numpy arrays, and the error of each of its matrices."""
     m = source.config.model
@@ -120,7 +151,7 @@ def _layers(
         latent = jax.tree.map(itemgetter(layer), source.parameters["blocks"])
         found = kept.load(layer, latent)
         if found is None:
-            kept.save(layer, *quantize_block(blocks, latent, batches, q, f"layer {layer}"))
+            kept.save(layer, *one(blocks, layer, latent, batches))
             found, fresh = kept.load(layer, latent), fresh + 1
             left = (time.monotonic() - started) / fresh * (m.L - layer - 1)
             print(_line(layer, m.L, found[1], left), file=sys.stderr, flush=True)
@@ -152,24 +183,25 @@ def quantize_block(
         frozen = {}
         for module, matrix in keys:
             w, h, where = parameters[module][matrix]["w"], hessians.get((module, matrix)), f"{module}.{matrix}"
-            frozen[module, matrix], errors[where] = _solve(method, _apart(w), h, q, f"{name}, {where}")
+            frozen[module, matrix], errors[where] = solved_matrix(method, apart(w), h, q, f"{name}, {where}")
         parameters = with_matrices(parameters, frozen)
     return parameters, errors
 
 
-def _apart(w: Float[Array, "m n"]) -> Float[Array, "m n"]:
+def apart(w: Float[Array, "m n"]) -> Float[Array, "m n"]:
     """The matrix with its outputs spread over all devices: each is quantized by itself."""
-    devices = jax.sharding.get_abstract_mesh().size
-    return gathered(w, P(None, AXES) if w.shape[1] % devices == 0 else P())
+    devices, outputs = jax.sharding.get_abstract_mesh().size, w.shape[1]
+    # A single output is not spread, not even over one device: JAX forgets how a dim of one was.
+    return gathered(w, P(None, AXES) if outputs > 1 and outputs % devices == 0 else P())
 
 
-def _solve(method: Method, w: Array, h: Array | None, q: Quantize, name: str) -> tuple[Form, float]:
+def solved_matrix(method: Method, w: Array, h: Array | None, q: Quantize, name: str) -> tuple[Form, float]:
     """A matrix in its stored form, and its error."""
     if q.float64:
         here = jax.local_devices(backend="cpu")[:1]
         with jax.enable_x64(True), jax.set_mesh(jax.make_mesh((1, 1, 1), AXES, devices=here)):
             w, h = (None if x is None else jnp.asarray(np.asarray(x), jnp.float64) for x in (w, h))
-            solved, error = _solve(method, w, h, replace(q, float64=False), name)
+            solved, error = solved_matrix(method, w, h, replace(q, float64=False), name)
             return jax.tree.map(np.asarray, solved), error
     solved = method.matrix(w, h, q, name)
     return solved, float(_error(w, solved, h))

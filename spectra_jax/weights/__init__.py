@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from spectra_jax.errors import UserError, one_of
-from spectra_jax.weights import codebook, grid, masked, tables  # noqa: F401  (a checkpoint names its forms)
+from spectra_jax.weights import codebook, delta, grid, masked, tables  # noqa: F401  (a checkpoint names its forms)
 from spectra_jax.weights.binary import Binary
 from spectra_jax.weights.bitlinear import BitLinear
 from spectra_jax.weights.bitnet158 import BitNet158
