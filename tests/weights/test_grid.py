@@ -84,6 +84,6 @@ def test_loading_knows_every_form():
     """In a process that has not quantized anything."""
     code = "import spectra_jax.serve.load; from spectra_jax.weights.form import FORMS; print(sorted(FORMS))"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
-    known = ["Bits", "ByteScales", "Codebook", "Frozen", "Gathered", "Grid", "Masked",
+    known = ["Bits", "ByteScales", "Codebook", "Delta", "Frozen", "Gathered", "Grid", "LowRank", "Masked",
              "Normalised", "Shifted", "Tables"]
     assert done.stdout.strip() == str(known)
