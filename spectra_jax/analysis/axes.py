@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from spectra_jax.analysis import runs
-from spectra_jax.analysis.sizes import sizes
+from spectra_jax.analysis.sizes import bytes_per_token, sizes
 from spectra_jax.checkpoint import Checkpoints
 from spectra_jax.data import sources
 from spectra_jax.data.manifest import write_text
@@ -35,14 +35,13 @@ from spectra_jax.evaluate.windows import evaluate_texts
 from spectra_jax.serve.generate import Generator, Speed
 from spectra_jax.serve.load import Loaded, load
 from spectra_jax.stored import parse_checkpoint
-from spectra_jax.weights.form import FLOAT_BITS, is_form
+from spectra_jax.weights.form import is_form
 from spectra_jax.weights.frozen import Frozen
 
 FILE = "axes.json"
 AXES = ("capacity", "alignment", "efficiency")
 RATIOS = ("stored_bits", "bytes_per_token", "tokens_per_second")  # also as shares of the first model's
 PROMPT, NEW, ROUNDS = 16, 64, 5  # tokens read and written, and how often, where the context has room for them
-CACHE_BITS = 16  # of a key or a value, whatever it is computed in here
 
 Row = dict[str, Any]
 
@@ -147,27 +146,17 @@ def _questions(model: Loaded, axis: str, items: Sequence[Item]) -> list[Row]:
 
 
 def _bits(model: Loaded) -> list[Row]:
-    """By arithmetic: what is stored, and what of it one sequence reads for a token when its context is half full.
-
-    All matrices once, of an embedding that is not also the head a row; and 2 L K H values of the cache, at 16 bits,
-    for every token of the half context. This is the least; dense products here read matrices in their compute dtype.
-    """
-    m, T, size = model.config.model, model.config.data.T, sizes(model.config, model.parameters)
-    read = size["stored_bits"]
-    if not m.tie_embeddings:
-        embedding = model.parameters["embedding"]
-        bits = embedding.stored_bits() if is_form(embedding) else FLOAT_BITS * embedding.size
-        read -= bits - bits / m.V
-    cache = 2 * m.L * m.K * m.H * CACHE_BITS * T / 2
-    found = {
-        "stored_bits": size["stored_bits"], "bits_per_weight": size["bits_per_weight"],
-        "weight_bytes_per_token": read / 8, "cache_bytes_per_token": cache / 8, "bytes_per_token": (read + cache) / 8,
-    }
+    size = sizes(model.config, model.parameters)
+    found = {name: size[name] for name in ("stored_bits", "bits_per_weight")}
+    found |= bytes_per_token(model.config, model.parameters)
     return [_row("efficiency", "model", name, float(value), 0.0, 1, "arithmetic") for name, value in found.items()]
 
 
 def _speed(model: Loaded, weights: str) -> list[Row]:
-    """Tokens per second after a prompt, of a sequence on every device of the data axes; the weights are gone then."""
+    """Tokens per second after a prompt, of a sequence on every device of the data axes: the median of some rounds.
+
+    The weights of the model are gone afterwards.
+    """
     frozen = any(isinstance(node, Frozen) for node in jax.tree.leaves(model.parameters, is_leaf=is_form))
     tokenizer = copy.copy(model.tokenizer)
     tokenizer.eod = -1  # a document that does not end: every round writes as much
@@ -185,7 +174,8 @@ def _speed(model: Loaded, weights: str) -> list[Row]:
     kind = model.mesh.devices.flat[0].device_kind
     on = (f"{devices} x {kind}" + (f" ({os.cpu_count()} cores)" if kind == "cpu" else "")
           + f", weights by {generator.weights!r}, {sequences} x {new} tokens")
-    return [_row("efficiency", "model", "tokens_per_second", *mean_and_error(rates), ROUNDS, on)]
+    _, error = mean_and_error(rates)
+    return [_row("efficiency", "model", "tokens_per_second", float(np.median(rates)), error, ROUNDS, on)]
 
 
 def _row(axis: str, of: str, metric: str, value: float, error: float, items: int, on: str) -> Row:

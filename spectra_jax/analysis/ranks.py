@@ -44,10 +44,10 @@ def rank_correlation(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> di
         return dict.fromkeys(names, np.nan) | {"note": "all alike"}
     ranks, signs = stats.rankdata(y), np.sign(y[:, None] - y)
 
-    def products(order: Float[np.ndarray, "*p n"], axis: int = -1) -> Float[np.ndarray, "*p"]:
+    def products(order: Float[np.ndarray, "*p n"], axis: int = -1) -> np.ndarray | np.float64:
         return (order * (ranks - ranks.mean())).sum(axis)  # all of rho that depends on the order
 
-    def concordance(order: Float[np.ndarray, "*p n"], axis: int = -1) -> Float[np.ndarray, "*p"]:
+    def concordance(order: Float[np.ndarray, "*p n"], axis: int = -1) -> np.ndarray | np.float64:
         return (np.sign(order[..., :, None] - order[..., None, :]) * signs).sum((-2, -1))
 
     return {

@@ -26,6 +26,7 @@ from math import nan
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from spectra_jax.errors import UserError, one_of
 from spectra_jax.evaluate import lines
@@ -113,7 +114,7 @@ def _bias(answers: Answers) -> tuple[Metric, ...]:
     return tuple(metrics)
 
 
-def _share(biased: np.ndarray, known: np.ndarray) -> tuple[float, float]:
+def _share(biased: Float[np.ndarray, "n"], known: Float[np.ndarray, "n"]) -> tuple[float, float]:
     """s_DIS with its standard error; NaN where every answer is unknown, for then it is not defined."""
     if not known.any():
         return nan, nan

@@ -6,6 +6,7 @@ from math import nan, sqrt
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from spectra_jax.evaluate.scoring import Score
 
@@ -45,12 +46,12 @@ class Kind:
     measure: Callable[[Answers], tuple[Metric, ...]]
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+def mean_and_error(values: Sequence[float] | Float[np.ndarray, "n"]) -> tuple[float, float]:
     """Mean and its standard error; NaN for the error of one value."""
     n = len(values)
     return float(np.mean(values)), float(np.std(values, ddof=1)) / sqrt(n) if n > 1 else nan
 
 
-def sums(scores: Sequence[Score]) -> np.ndarray:
+def sums(scores: Sequence[Score]) -> Float[np.ndarray, "n"]:
     """Log-likelihoods in nats of the answers to one question."""
     return np.array([one.loglikelihood for one in scores])
