@@ -205,7 +205,8 @@ def analyze(args: argparse.Namespace) -> None:
     from spectra_jax import config
     from spectra_jax.analyze import analyze
 
-    names = ("form", "x", "method", "shared", "batches", "device", "context", "sequences", "task", "metric", "own")
+    names = ("form", "x", "method", "shared", "batches", "device", "context", "sequences", "task", "metric", "own",
+             "texts", "tasks", "alignment", "limit", "weights")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.config is not None:
         options["config"] = config.load(args.config, args.overrides)

@@ -285,9 +285,12 @@ def _analysing(add: Callable) -> None:
         "bits        loss against bits                hardware    memory and bandwidth of accelerators over the years\n"
         "suite       gaps, schedule, QuantLMs, laws   published   every table of the papers\n"
         "weights     entropies, codes, scales         training    loss curves, where the time went\n"
-        "dynamics    weights and the loss around them, over the checkpoints of one run\n\n"
+        "dynamics    weights and the loss around them, over the checkpoints of one run\n"
+        "axes        capacity, alignment and efficiency: measured where files are named, kept in the runs' folders\n\n"
         "Examples:\n  spectra analyze suite runs/mini --out=figures\n  spectra analyze scaling\n"
-        "  spectra analyze deployment --config=configs/trilm.py:3.9b --device=H100 --device=\"TPU v5e\"", True,
+        "  spectra analyze deployment --config=configs/trilm.py:3.9b --device=H100 --device=\"TPU v5e\"\n"
+        "  spectra analyze axes runs/mini --texts wiki.txt --tasks winogrande.jsonl --alignment bbq.jsonl --out=axes",
+        True,
     )
     arg("name", help="the analysis, see below")
     arg("runs", nargs="*", metavar="WORKDIR[@STEP]", help="runs, or the folders of sweeps")
@@ -305,6 +308,12 @@ def _analysing(add: Callable) -> None:
     arg("--metric", default=None, help="published: its metric, such as acc")
     arg("--own", default=None, nargs="+", metavar="FILE.json", help="published: results of one's own, as spectra "
         "harness --out wrote them, in the same figure")
+    arg("--texts", default=None, nargs="+", metavar="FILE", help="axes: whole documents, as spectra evaluate's")
+    arg("--tasks", default=None, nargs="+", metavar="FILE.jsonl", help="axes: questions, as spectra evaluate's")
+    arg("--alignment", default=None, nargs="+", metavar="FILE.jsonl", help="axes: questions of truthfulness and bias "
+        "(spectra_jax/evaluate/alignment.py; converters.py makes them of published files)")
+    arg("--limit", type=int, default=None, help="axes: items of each task, at most")
+    arg("--weights", default=None, help="axes: dense, or packed for the speed of ternary and binary models")
 
     arg = add("report", "Everything known of some runs in one HTML file.",
               "Example:\n  spectra report runs/mini --out=mini.html")

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from spectra_jax import config as configs
-from spectra_jax.analysis import runs, sections
+from spectra_jax.analysis import axes, runs, sections
 from spectra_jax.analysis.html import page
 from spectra_jax.analysis.sections import Section
 from spectra_jax.data.manifest import write_text
@@ -39,7 +39,7 @@ def report(folders: Sequence[str], out: Path | str = "report.html", *, title: st
     table = runs.table(found)
     moving = dynamics or min(filter(_moves, found), key=_preference, default="")
     parts = {"runs": Section("Runs", _provenance(table), {"runs": table[[*FACTS]]})}
-    for name in ASKED:
+    for name in (*ASKED, *(["axes"] if any(map(axes.is_measured, found)) else [])):
         of = ([moving] if moving else []) if name == "dynamics" else found
         try:
             parts[name] = sections.SECTIONS[name](of)

@@ -12,8 +12,8 @@ from importlib import import_module
 from types import ModuleType
 
 MODULES = (
-    "accelerators", "comparison", "deployment", "dynamics", "plots", "published", "runs", "scaling_laws", "sections",
-    "sizes", "weights",
+    "accelerators", "axes", "comparison", "deployment", "dynamics", "plots", "published", "ranks", "runs",
+    "scaling_laws", "sections", "sizes", "weights",
 )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 from matplotlib.figure import Figure
 
-from spectra_jax.analysis import accelerators, comparison, deployment, plots, published, runs, weights
+from spectra_jax.analysis import accelerators, axes, comparison, deployment, plots, published, ranks, runs, weights
 from spectra_jax.analysis import dynamics as motions
 from spectra_jax.analysis.scaling_laws import Fit, fit
 from spectra_jax.errors import UserError
@@ -193,6 +193,34 @@ def curves(folders: Sequence[str]) -> Section:
                    {"time": runs.times(found)}, {"loss": plots.plot_runs(drawn)})
 
 
+def three_axes(
+    folders: Sequence[str], *, texts: Sequence[str] = (), tasks: Sequence[str] = (), alignment: Sequence[str] = (),
+    limit: int | None = None, weights: str = "dense",
+) -> Section:
+    """Capacity, alignment and efficiency of runs, and whether perplexity ranks them as tasks do.
+
+    With files, it measures first (`axes.measure`); without, it reads what was measured of the runs before.
+    """
+    if texts or tasks or alignment:
+        axes.measure(_some(folders), texts=texts, tasks=tasks, alignment=alignment, limit=limit, weights=weights)
+    values = axes.table(_some(folders))
+    section = Section(
+        "Capacity, alignment, efficiency",
+        f"{values['run'].nunique()} models. Bytes per token are the least that decoding reads, by arithmetic; tokens "
+        "per second are of the machine in the last column, and only their ratios say much of another one. Rank "
+        "correlations are with bits per byte (of one tokenizer: the order of perplexity), -1 where the better the text "
+        "is predicted the higher the metric; p-values by permutation.",
+        {"axes": values} | {name: axes.along(values, name) for name in axes.AXES},
+    )
+    section.tables = {name: table for name, table in section.tables.items() if len(table)}
+    section.tables["rank_correlation"] = found = ranks.correlations(values)
+    if found.empty:
+        del section.tables["rank_correlation"]
+    elif found["models"].max() >= ranks.FEWEST:
+        section.figures["task_against_text"] = plots.against_text(values, found)
+    return section
+
+
 def _some(folders: Sequence[str]) -> Sequence[str]:
     if not folders:
         raise UserError("no runs are named; give their folders, or that of a sweep")
@@ -201,5 +229,5 @@ def _some(folders: Sequence[str]) -> Sequence[str]:
 
 SECTIONS: Mapping[str, Callable[..., Section]] = {
     "scaling": scaling, "bits": bits, "suite": suite, "deployment": memory, "hardware": hardware,
-    "weights": statistics, "dynamics": dynamics, "published": papers, "training": curves,
+    "weights": statistics, "dynamics": dynamics, "published": papers, "training": curves, "axes": three_axes,
 }

@@ -32,6 +32,22 @@ def sizes(config: Config, parameters: PyTree) -> dict[str, Any]:
     }
 
 
+def bytes_per_token(config: Config, parameters: PyTree) -> dict[str, float]:
+    """What decoding one sequence reads for a token, in bytes: of weights, of a cache that is half full, and both.
+
+    Weights as they are stored, each once, but of an embedding that is not also the head only a row; 2 L K H keys and
+    values of 16 bits for each token of half a context. It is the least: products by dense matrices read them in their
+    compute dtype.
+    """
+    m, (weights, _) = config.model, size_in_bits(parameters)
+    if not m.tie_embeddings:
+        table, _ = size_in_bits({"embedding": parameters["embedding"]})
+        weights -= table - table / m.V
+    cache = 2 * m.L * m.K * m.H * FLOAT_BITS * config.data.T / 2
+    return {"weight_bytes_per_token": weights / 8, "cache_bytes_per_token": cache / 8,
+            "bytes_per_token": (weights + cache) / 8}
+
+
 def shapes(config: Config, record: Mapping[str, Any]) -> PyTree:
     """The parameters of a checkpoint as they would be loaded, as shapes, from its record alone."""
     like = jax.eval_shape(partial(init_parameters, config.model), jax.random.key(0))

@@ -1,6 +1,6 @@
 """Questions in files of JSON lines, answered by log-likelihood as lm-evaluation-harness (0.4) answers them.
 
-A line is one item, of one of three kinds:
+A line is one item, of one of three kinds, or of those of alignment.py:
 
     {"context": C, "choices": [A, ...], "gold": i}   which continuation of C is likeliest: acc, acc_norm
     {"prefixes": [P, ...], "suffix": S, "gold": i}   after which prefix S is likeliest (WinoGrande): acc
@@ -10,9 +10,9 @@ Continuations are scored as they stand, with the space that they begin with. `ta
 by default the file does; `id` and other keys are not read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, nan, sqrt
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +20,10 @@ import numpy as np
 
 from spectra_jax.data.formats import json_rows
 from spectra_jax.errors import UserError
+from spectra_jax.evaluate import alignment, lines
+from spectra_jax.evaluate.items import Answers, Item, Kind, Metric, mean_and_error, sums
 from spectra_jax.evaluate.scoring import Score, encode_pairs, score
 from spectra_jax.serve.load import Loaded
-
-KINDS = {"choices": ("context", "choices", "gold"), "suffix": ("prefixes", "suffix", "gold"),
-         "target": ("context", "target")}
-FORMATS = "; ".join("{" + ", ".join(keys) + "}" for keys in KINDS.values())
-
-
-@dataclass(frozen=True)
-class Item:
-    """One question: (context, continuation) of every answer, and which is right; a `target` has only the right one."""
-
-    task: str
-    kind: str
-    pairs: tuple[tuple[str, str], ...]
-    gold: int = 0
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A mean over items, or the exponential of one, with its standard error."""
-
-    name: str
-    value: float
-    error: float
 
 
 @dataclass(frozen=True)
@@ -54,6 +33,50 @@ class TaskQuality:
     task: str
     items: int
     metrics: tuple[Metric, ...]
+
+
+def _read_choices(task: str, row: Mapping[str, Any], where: str) -> Item:
+    pairs = lines.pairs(row, where)
+    return Item(task, "choices", pairs, lines.index(row["gold"], len(pairs), where, "gold"))
+
+
+def _read_suffix(task: str, row: Mapping[str, Any], where: str) -> Item:
+    suffix = lines.filled(lines.text(row["suffix"], where, "suffix"), where, "suffix")
+    pairs = tuple((prefix, suffix) for prefix in lines.texts(row["prefixes"], where, "prefixes"))
+    return Item(task, "suffix", pairs, lines.index(row["gold"], len(pairs), where, "gold"))
+
+
+def _read_target(task: str, row: Mapping[str, Any], where: str) -> Item:
+    context, target = (lines.text(row[key], where, key) for key in ("context", "target"))
+    return Item(task, "target", ((context, lines.filled(target, where, "target")),))
+
+
+def _accuracy(answers: Answers) -> tuple[Metric, ...]:
+    right = [float(np.argmax(sums(scores)) == item.gold) for item, scores in answers]
+    return (Metric("acc", *mean_and_error(right)),)
+
+
+def _accuracies(answers: Answers) -> tuple[Metric, ...]:
+    """Also per character, not per token: so that tokenizers compare."""
+    lengths = [np.array([float(len(choice)) for _, choice in item.pairs]) for item, _ in answers]
+    normed = [float(np.argmax(sums(scores) / n) == item.gold) for n, (item, scores) in zip(lengths, answers)]
+    return *_accuracy(answers), Metric("acc_norm", *mean_and_error(normed))
+
+
+def _last_words(answers: Answers) -> tuple[Metric, ...]:
+    mean, error = mean_and_error([scores[0].loglikelihood for _, scores in answers])
+    hit = mean_and_error([float(scores[0].greedy) for _, scores in answers])
+    return Metric("perplexity", exp(-mean), exp(-mean) * error), Metric("acc", *hit)
+
+
+# A line is of the last of these kinds whose name is among its keys.
+KINDS: Mapping[str, Kind] = {
+    "choices": Kind(("context", "choices", "gold"), _read_choices, _accuracies),
+    "suffix": Kind(("prefixes", "suffix", "gold"), _read_suffix, _accuracy),
+    "target": Kind(("context", "target"), _read_target, _last_words),
+    **alignment.KINDS,
+}
+FORMATS = "; ".join("{" + ", ".join(kind.keys) + "}" for kind in KINDS.values())
 
 
 def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
@@ -67,7 +90,7 @@ def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
     found: dict[tuple[str, str], list[Item]] = {}
     stem = Path(path).name.split(".")[0]
     for where, row in json_rows(str(path), f"an item: {FORMATS}"):
-        item = _item(row, where, stem)
+        item = read_item(row, where, stem)
         same = found.setdefault((item.task, item.kind), [])
         if limit is None or len(same) < limit:
             same.append(item)
@@ -90,69 +113,19 @@ def evaluate_tasks(model: Loaded, items: Sequence[Item]) -> list[TaskQuality]:
     for item in items:
         answers.setdefault((item.task, item.kind), []).append((item, scores[at : at + len(item.pairs)]))
         at += len(item.pairs)
-    return [TaskQuality(task, len(found), _metrics(found)) for (task, _), found in answers.items()]
+    return [TaskQuality(task, len(found), KINDS[kind].measure(found)) for (task, kind), found in answers.items()]
 
 
-def _metrics(answers: list[tuple[Item, list[Score]]]) -> tuple[Metric, ...]:
-    kind = answers[0][0].kind
-    if kind == "target":
-        mean, error = mean_and_error([found[0].loglikelihood for _, found in answers])
-        hit = mean_and_error([float(found[0].greedy) for _, found in answers])
-        return Metric("perplexity", exp(-mean), exp(-mean) * error), Metric("acc", *hit)
-    sums = [np.array([one.loglikelihood for one in found]) for _, found in answers]
-    right = [float(np.argmax(s) == item.gold) for s, (item, _) in zip(sums, answers)]
-    metrics = [Metric("acc", *mean_and_error(right))]
-    if kind == "choices":  # per character, not per token: so that tokenizers compare
-        lengths = [np.array([float(len(text)) for _, text in item.pairs]) for item, _ in answers]
-        normed = [float(np.argmax(s / n) == item.gold) for s, n, (item, _) in zip(sums, lengths, answers)]
-        metrics.append(Metric("acc_norm", *mean_and_error(normed)))
-    return tuple(metrics)
+def read_item(row: Mapping[str, Any], where: str, task: str) -> Item:
+    """The item of a line that stands at `where`; `task` is its name where the line has none.
 
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error; NaN for the error of one value."""
-    n = len(values)
-    return float(np.mean(values)), float(np.std(values, ddof=1)) / sqrt(n) if n > 1 else nan
-
-
-def _item(row: dict[str, Any], where: str, stem: str) -> Item:
-    kind = next((kind for kind in KINDS if kind in row), None)
+    Raises:
+      UserError: it is none of the formats above.
+    """
+    kind = next((name for name in reversed(KINDS) if name in row), None)
     if kind is None:
         raise UserError(f"{where}: the keys {', '.join(row) or '(none)'} are no item; it needs {FORMATS}")
-    missing = [key for key in KINDS[kind] if key not in row]
+    missing = [key for key in KINDS[kind].keys if key not in row]
     if missing:
-        raise UserError(f"{where}: no {missing[0]!r}; an item with {kind!r} needs {', '.join(KINDS[kind])}")
-    task = _text(row.get("task", stem), where, "task")
-    if kind == "target":
-        context, target = (_text(row[key], where, key) for key in ("context", "target"))
-        return Item(task, kind, ((context, _filled(target, where, "target")),))
-    if kind == "choices":
-        context, choices = _text(row["context"], where, "context"), _texts(row["choices"], where, "choices")
-        pairs = tuple((context, _filled(choice, where, "choices")) for choice in choices)
-    else:
-        suffix = _filled(_text(row["suffix"], where, "suffix"), where, "suffix")
-        pairs = tuple((prefix, suffix) for prefix in _texts(row["prefixes"], where, "prefixes"))
-    gold = row["gold"]
-    if type(gold) is not int or not 0 <= gold < len(pairs):
-        raise UserError(f"{where}: gold={gold!r} is not one of the {len(pairs)} answers; they count from 0 to "
-                        f"{len(pairs) - 1}")
-    return Item(task, kind, pairs, gold)
-
-
-def _text(value: Any, where: str, key: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {key!r} holds a {type(value).__name__}, not a string")
-    return value
-
-
-def _texts(value: Any, where: str, key: str) -> list[str]:
-    if not isinstance(value, list) or len(value) < 2:
-        count = f"{len(value)} of them" if isinstance(value, list) else f"a {type(value).__name__}"
-        raise UserError(f"{where}: {key!r} holds {count}; a question needs a list of at least 2 strings")
-    return [_text(one, where, key) for one in value]
-
-
-def _filled(text: str, where: str, key: str) -> str:
-    if not text:
-        raise UserError(f"{where}: {key!r} holds an empty string, which has no likelihood; give it text")
-    return text
+        raise UserError(f"{where}: no {missing[0]!r}; an item with {kind!r} needs {', '.join(KINDS[kind].keys)}")
+    return KINDS[kind].read(lines.text(row.get("task", task), where, "task"), row, where)

@@ -1,0 +1,44 @@
+"""Tasks against perplexity: whether the order by one is the order by the other."""
+
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from spectra_jax.analysis.plots.style import FAMILIES, OTHER, WIDTH, family_of, panels, save
+from spectra_jax.errors import UserError
+
+PANELS = 6  # tasks that one figure has room for
+
+
+def against_text(values: pd.DataFrame, correlations: pd.DataFrame, path: Path | str | None = None) -> Figure:
+    """Each task's first metric against bits per byte of the first text, a point for each model, bars of one error.
+
+    Args:
+      values: `axes.table`. correlations: `ranks.correlations` of them. The first 6 tasks are drawn.
+
+    Raises:
+      UserError: no text, or no task, to draw.
+    """
+    if correlations.empty:
+        raise UserError("no text with tasks to draw against it; measure --texts and --tasks of the same runs")
+    text = correlations["text"].iloc[0]
+    drawn = correlations[correlations["text"] == text].drop_duplicates(["axis", "of"])[:PANELS]
+    quality = values[(values["of"] == text) & (values["metric"] == "bits_per_byte")]
+    columns = min(len(drawn), 2)
+    rows = -(-len(drawn) // columns)
+    with panels(rows, columns, width=WIDTH * columns, height=2.2 * rows) as (figure, grid):
+        flat = list(grid.flat) if len(drawn) > 1 else [grid]
+        for axes, task in zip(flat, drawn.itertuples()):
+            of = values[(values["axis"] == task.axis) & (values["of"] == task.of) & (values["metric"] == task.metric)]
+            for point in quality.merge(of, on=["run", "family"], suffixes=("", "_of")).itertuples():
+                color, marker = FAMILIES.get(family_of(point.family), OTHER)
+                axes.errorbar(point.value, point.value_of, xerr=point.error, yerr=point.error_of, color=color,
+                              marker=marker, elinewidth=0.7)
+                axes.annotate(point.run, (point.value, point.value_of), xytext=(3, 3), fontsize=5.5,
+                              textcoords="offset points")
+            found = task.note or f"rho {task.spearman:.2f}, tau {task.kendall:.2f}"
+            axes.set(title=f"{task.of}: {found}", xlabel=f"bits per byte of {text}", ylabel=task.metric)
+        for axes in flat[len(drawn) :]:
+            axes.set_visible(False)
+        return save(figure, path)
