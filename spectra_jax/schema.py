@@ -92,6 +92,10 @@ class Optimizer:
     no_decay: tuple[str, ...] = ("norm",)
     # Of parameters whose path contains PART the learning rate is FACTOR times as high: ("PART=FACTOR", ...).
     rates: tuple[str, ...] = ()
+    # Of optimizers with 8-bit states these stay in float32: of parameters whose path contains one of these, and of arrays
+    # with fewer elements (a layer's own); bitsandbytes' defaults but for the head, which it leaves to the user.
+    float_states: tuple[str, ...] = ("embedding", "head")
+    float_below: int = 4096
     only: tuple[str, ...] = ()  # only parameters whose path contains one of these are trained; empty: all
 
 

@@ -5,6 +5,7 @@ optimizer untouched and the schedule on time.
 """
 
 from collections.abc import Callable
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from jaxtyping import Array, Float, PyTree
 
 from spectra_jax.errors import UserError, one_of
 from spectra_jax.schema import Optimizer, parse_rate
+from spectra_jax.train.blockwise_state import blockwise
+from spectra_jax.train.dynamic_map import SIGNED, UNSIGNED, DynamicMap
 
 
 def adam(o: Optimizer) -> optax.GradientTransformation:
@@ -20,9 +23,37 @@ def adam(o: Optimizer) -> optax.GradientTransformation:
     return optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps)
 
 
+def lion(o: Optimizer) -> optax.GradientTransformation:
+    """The sign of a mean of gradients (arXiv 2302.06675, algorithm 2); its state in float32."""
+    return optax.scale_by_lion(b1=o.b1, b2=o.b2)
+
+
+def momentum(o: Optimizer) -> optax.GradientTransformation:
+    """g + b1 * (what it was), as PyTorch's SGD without dampening; its state in float32."""
+    return optax.trace(decay=o.b1)
+
+
+def in_8_bits(o: Optimizer, inner: optax.GradientTransformation, **maps: DynamicMap) -> optax.GradientTransformation:
+    """`inner` with states in 8 bits (arXiv 2110.02861), but for those of parameters that are small or named."""
+
+    def chosen(path: tuple, x: Array) -> bool:
+        # Layers are stacked, and it is the matrix of one that counts, as where each has an array of its own.
+        elements = prod(x.shape[1:] if _named(path, ("blocks",)) else x.shape)
+        return elements >= o.float_below and not _named(path, o.float_states)
+
+    return blockwise(inner, chosen, **maps)
+
+
 # A new optimizer is a function of the settings and a line here. Its `update` may take `rate`, the learning rate of
 # the step, by which the direction that it returns will be multiplied.
-DIRECTIONS: dict[str, Callable[[Optimizer], optax.GradientTransformation]] = {"adamw": adam}
+DIRECTIONS: dict[str, Callable[[Optimizer], optax.GradientTransformation]] = {
+    "adamw": adam,
+    "adamw8bit": lambda o: in_8_bits(o, adam(o), mu=SIGNED, nu=UNSIGNED),
+    "lion": lion,
+    "lion8bit": lambda o: in_8_bits(o, lion(o), mu=SIGNED),
+    "momentum": momentum,
+    "momentum8bit": lambda o: in_8_bits(o, momentum(o), trace=SIGNED),
+}
 
 
 def make_optimizer(o: Optimizer) -> optax.GradientTransformationExtraArgs:
