@@ -92,8 +92,9 @@ class Optimizer:
     no_decay: tuple[str, ...] = ("norm",)
     # Of parameters whose path contains PART the learning rate is FACTOR times as high: ("PART=FACTOR", ...).
     rates: tuple[str, ...] = ()
-    # Of optimizers with 8-bit states these stay in float32: of parameters whose path contains one of these, and of arrays
-    # with fewer elements (a layer's own); bitsandbytes' defaults but for the head, which it leaves to the user.
+    # Of an optimizer with 8-bit states, those that stay in float32: of parameters whose path contains one of these, and
+    # of arrays with fewer elements (those of one layer count). 4096 is bitsandbytes' default, and embeddings in float32
+    # its advice; the head is our assumption.
     float_states: tuple[str, ...] = ("embedding", "head")
     float_below: int = 4096
     only: tuple[str, ...] = ()  # only parameters whose path contains one of these are trained; empty: all

@@ -28,7 +28,7 @@ class DynamicMap:
         """What codes stand for, by arithmetic: TPUs are slow at looking things up."""
         code = codes.astype(jnp.float32)
         q, top = (jnp.abs(code - 127), 128) if self.signed else (code + 1, 256)
-        # A decade of n values holds q = n to 2n - 1. The middle of part j = q - n of [0.1, 1] is (2n + 9(2j + 1)) / 20n.
+        # A decade of n values holds q = n to 2n - 1; the middle of part j = q - n of [0.1, 1] is (2n + 9(2j+1)) / 20n.
         # Whole numbers are exact in float32 and the one product is rounded once, so that every device has the same.
         n = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(q, jnp.int32) & 0x7F800000, jnp.float32)
         step = jnp.zeros_like(q)
