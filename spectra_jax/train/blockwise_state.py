@@ -9,7 +9,8 @@ Elsewhere the devices that share blocks exchange a maximum for every gcd(256, pa
 on all of them.
 
 A second moment below 1.6e-7 of its block's largest becomes 0. If the gradient then is exactly 0, Adam divides what is
-left of the first moment by its eps alone: a leap, with bitsandbytes too. So embeddings, whose rows rest, stay in float32.
+left of the first moment by its eps alone: a leap, with bitsandbytes too. So embeddings, whose rows rest, stay in
+float32.
 """
 
 from collections.abc import Callable

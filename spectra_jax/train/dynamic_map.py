@@ -7,6 +7,7 @@ tenths. Signed: 1, 2, ..., 64 values and as many negative ones. Unsigned: 2, 4, 
 
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -26,17 +27,19 @@ class DynamicMap:
 
     def value(self, codes: UInt8[Array, "*S"]) -> Float[Array, "*S"]:
         """What codes stand for, by arithmetic: TPUs are slow at looking things up."""
-        code = codes.astype(jnp.float32)
-        q, top = (jnp.abs(code - 127), 128) if self.signed else (code + 1, 256)
+        return self._value(codes.astype(jnp.float32), jnp)
+
+    def _value(self, code: Array | np.ndarray, numpy: ModuleType) -> Array | np.ndarray:
+        """The same bits on every device: whole numbers are exact in float32, and the one product is rounded once."""
+        q, top = (abs(code - 127), 128) if self.signed else (code + 1, 256)
+        n = step = numpy.zeros_like(q)
         # A decade of n values holds q = n to 2n - 1; the middle of part j = q - n of [0.1, 1] is (2n + 9(2j+1)) / 20n.
-        # Whole numbers are exact in float32 and the one product is rounded once, so that every device has the same.
-        n = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(q, jnp.int32) & 0x7F800000, jnp.float32)
-        step = jnp.zeros_like(q)
         for i in range(7):
-            size = 2.0 ** (i if self.signed else i + 1)
-            step = jnp.where(n >= size, np.float32(10.0 ** (i - 6) / (20 * size)), step)
-        size = jnp.where(q == top, 1, (18 * q - 16 * n + 9) * step)
-        return jnp.where(code < 127, -size, size) if self.signed else size
+            size = 2 ** (i if self.signed else i + 1)
+            n = numpy.where(q >= size, np.float32(size), n)
+            step = numpy.where(q >= size, np.float32(10.0 ** (i - 6) / (20 * size)), step)
+        size = numpy.where(q == top, np.float32(1), (18 * q - 16 * n + 9) * step)
+        return numpy.where(code < 127, -size, size) if self.signed else size
 
     def nearest(self, x: Float[Array, "*S"]) -> UInt8[Array, "*S"]:
         """The codes of the values nearest to x in [-1, 1]; of two as near, the lower.
@@ -65,8 +68,7 @@ class DynamicMap:
     @cached_property
     def values(self) -> Float[np.ndarray, "256"]:
         """All of them."""
-        with jax.ensure_compile_time_eval():
-            return np.asarray(self.value(jnp.arange(256, dtype=jnp.uint8)))
+        return self._value(np.arange(256, dtype=np.float32), np)
 
     @cached_property
     def thresholds(self) -> Float[np.ndarray, "255"]:

@@ -2,6 +2,8 @@
 
 import functools
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import bitsandbytes as bnb
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import T, first_state, on_mesh, tiny
+from helpers import ROOT, T, environment, first_state, on_mesh, tiny
 from jax.sharding import NamedSharding
 
 from spectra_jax import config as configs
@@ -229,6 +231,20 @@ def test_a_step_takes_its_own_result_in_place():
         assert (x.shape, x.dtype) == (out.shape, out.dtype) and x.sharding.is_equivalent_to(where, x.ndim)
     held = sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in given)
     assert step.memory_analysis().alias_size_in_bytes >= held
+
+
+def test_steps_are_lowered_for_tpus_that_are_not_here():
+    """Where no array can be made while a step is traced."""
+    code = (
+        "import sys; from spectra_jax import config; from spectra_jax.plan.program import lowered; "
+        "from spectra_jax.sharding import abstract_mesh; c = config.load(sys.argv[1], sys.argv[2:]); "
+        "print(lowered(c, abstract_mesh(c, 8), 'tpu').as_text())"
+    )
+    settings = ("optimizer.name=adamw8bit", "data.batch=32", "model.L=2", "mesh.model=2")
+    command = [sys.executable, "-c", code, "configs/trilm.py:99m", *settings]
+    run = {"env": environment(), "cwd": ROOT, "capture_output": True, "text": True, "timeout": 200}
+    found = subprocess.run(command, check=False, **run)
+    assert found.returncode == 0 and "tensor<2x512x1280xui8>" in found.stdout, found.stderr
 
 
 # What they take, and what they cost
