@@ -101,6 +101,11 @@ class Optimizer:
     # Of parameters whose path contains PART the learning rate is FACTOR times as high: ("PART=FACTOR", ...).
     rates: tuple[str, ...] = ()
     keep_zeros: bool = False  # weights of block matrices that are 0 at the start are never trained (sparsity.py)
+    # Of an optimizer with 8-bit states, those that stay in float32: of parameters whose path contains one of these, and
+    # of arrays with fewer elements (those of one layer count). 4096 is bitsandbytes' default, and embeddings in float32
+    # its advice; the head is our assumption.
+    float_states: tuple[str, ...] = ("embedding", "head")
+    float_below: int = 4096
     only: tuple[str, ...] = ()  # only parameters whose path contains one of these are trained; empty: all
 
 

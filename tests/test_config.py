@@ -29,6 +29,7 @@ CHANGES = {
     "model.remat": "dots",
     "data.sets": "web=3,books",
     "optimizer.no_decay": "norm,embedding",
+    "optimizer.float_states": "embedding",
     "schedule.shape": "linear",
     "schedule.lowering": "continuous",
     "schedule.remove_at": "0.5",

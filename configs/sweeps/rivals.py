@@ -57,6 +57,7 @@ def get_sweep():
         ("float-tuned", like("floatlm", "FloatLM", TUNED, {"train": {"start": FLOAT}})),
         ("ternaryllm", like("trilm", "TernaryLLM", DLT)),
         ("ternaryllm-taught", like("trilm", "TernaryLLM", DLT, TAUGHT)),
+        ("trilm-begun", like("trilm", "TriLM", {"train": {"start": FLOAT}})),
         ("trilm-taught", like("trilm", "TriLM", TAUGHT)),
         ("matmulfree", like("bitnet", "MatMul-free", MATMULFREE)),
         ("lrqat", like("floatlm", "LR-QAT", TUNED, LRQAT, {"train": {"start": FLOAT}})),

@@ -1,10 +1,10 @@
 """About how much memory a training step takes on a device, by arithmetic; what libtpu assigned is beside it in LOG.md.
 
-    state      parameters and two moments in float32, divided over the axes "data" and "model"
+    state      parameters in float32 and the optimizer's state, divided over the axes "data" and "model"
     kept       what remat keeps of every block: its input; with "dots" its products; with "none" all that backward reads
     loss       the logits of a chunk, the head with its gradient in float32, and hidden states
     block      activations of the widest moment of the backward pass, and the matrices of a block
-    gradient   of the parameters, in float32, divided as the state
+    gradient   of the parameters, in float32, divided as they are
     peak       state + gradient + kept + the larger of loss and block
 
 It is for kernels of attention that hold no scores. Search ranks by it, the compiler decides.
@@ -12,6 +12,7 @@ It is for kernels of attention that hold no scores. Search ranks by it, the comp
 
 from spectra_jax.model.parameters import count
 from spectra_jax.schema import Config
+from spectra_jax.train.optimizer import state_bytes
 
 FLOAT32, BFLOAT16 = 4, 2
 WIDEST = 12  # arrays of n x F in bfloat16 at the widest moment of a block's backward pass; fitted
@@ -19,7 +20,8 @@ WIDEST = 12  # arrays of n x F in bfloat16 at the widest moment of a block's bac
 
 def state(config: Config, shape: tuple[int, int, int]) -> int:
     """Bytes on a device of this (slice, data, model) mesh, before a step runs."""
-    return 3 * FLOAT32 * count(config.model).total // (shape[1] * shape[2])
+    whole = FLOAT32 * count(config.model).total + state_bytes(config.model, config.optimizer)
+    return whole // (shape[1] * shape[2])
 
 
 def peak(config: Config, shape: tuple[int, int, int]) -> int:
@@ -27,7 +29,7 @@ def peak(config: Config, shape: tuple[int, int, int]) -> int:
     m, (slices, data, model) = config.model, shape
     rows = config.data.batch // config.train.accumulate * config.data.T // (slices * data)
     held = state(config, shape)
-    gradient = held // 3 * (2 if config.train.accumulate > 1 else 1)
+    gradient = FLOAT32 * count(m).total // (data * model) * (2 if config.train.accumulate > 1 else 1)
     heads, F = (m.N + 2 * m.K) * m.H // model, m.F // model
     wide = {
         "full": m.D,

@@ -11,6 +11,7 @@ from spectra_jax.hardware import Peak
 from spectra_jax.model.parameters import count
 from spectra_jax.model.transformer import compute_dtype
 from spectra_jax.schema import Config, Model
+from spectra_jax.train.optimizer import state_bytes
 
 
 def matmul_parameters(m: Model) -> int:
@@ -33,8 +34,16 @@ def describe(config: Config, mesh: Mesh, peak: Peak, workdir: Path, start: int, 
         f"{config.family} {config.name}: {counts.total:,} parameters ({counts.linear:,} in {m.weight} "
         f"matrices), {config.steps:,} steps of {data.batch} x {data.T} tokens, {where}, into {workdir}\n"
         f"{mesh.size} device(s) ({shape}), compute {compute_dtype(m)}, {flops_per_token(config) / 1e6:,.1f} MFLOP per "
-        f"token, peak: {peak.source}\n{mfu_formula(config, peak)}\n{parameter_table(parameters)}"
+        f"token, peak: {peak.source}\n{mfu_formula(config, peak)}\n{optimizer_line(config)}\n"
+        f"{parameter_table(parameters)}"
     )
+
+
+def optimizer_line(config: Config) -> str:
+    """The optimizer and the room of its state, on all devices together."""
+    size = state_bytes(config.model, config.optimizer)
+    bits = 8 * size / count(config.model).total
+    return f"optimizer {config.optimizer.name}: {size / 1e6:,.2f} MB of state, {bits:.2f} bits per parameter"
 
 
 def mfu_formula(config: Config, peak: Peak) -> str:

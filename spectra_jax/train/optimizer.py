@@ -5,6 +5,8 @@ optimizer untouched and the schedule on time.
 """
 
 from collections.abc import Callable
+from functools import cache
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,10 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from spectra_jax.errors import UserError, one_of
-from spectra_jax.schema import Optimizer, parse_rate
+from spectra_jax.model.parameters import init_parameters
+from spectra_jax.schema import Model, Optimizer, parse_rate
+from spectra_jax.train.blockwise_state import blockwise
+from spectra_jax.train.dynamic_map import SIGNED, UNSIGNED, DynamicMap
 from spectra_jax.train.sparsity import keep_zeros
 
 
@@ -21,9 +26,56 @@ def adam(o: Optimizer) -> optax.GradientTransformation:
     return optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps)
 
 
+def lion(o: Optimizer) -> optax.GradientTransformation:
+    """The sign of a mean of gradients (arXiv 2302.06675, algorithm 2); its state in float32."""
+    return optax.scale_by_lion(b1=o.b1, b2=o.b2)
+
+
+def momentum(o: Optimizer) -> optax.GradientTransformation:
+    """g + b1 * (what it was), as PyTorch's SGD without dampening; its state in float32."""
+    return optax.trace(decay=o.b1)
+
+
+def in_8_bits(o: Optimizer, inner: optax.GradientTransformation, **maps: DynamicMap) -> optax.GradientTransformation:
+    """`inner` with states in 8 bits (arXiv 2110.02861), but for those of parameters that are small or named.
+
+    Raises:
+      UserError: from its `init`, if that is all of them.
+    """
+
+    def elements(path: tuple, x: Array) -> int:
+        # Layers are stacked, and it is the matrix of one that counts, as where each has an array of its own.
+        return prod(x.shape[1:] if _named(path, ("blocks",)) else x.shape)
+
+    def chosen(path: tuple, x: Array) -> bool:
+        return elements(path, x) >= o.float_below and not _named(path, o.float_states)
+
+    def init(parameters: PyTree) -> optax.OptState:
+        leaves = jax.tree_util.tree_leaves_with_path(parameters)
+        if not any(chosen(*leaf) for leaf in leaves):
+            free = [elements(*leaf) for leaf in leaves if not _named(leaf[0], o.float_states)]
+            raise UserError(
+                f"config.optimizer.name={o.name} would have no state in 8 bits: the largest array that "
+                f"float_states={','.join(o.float_states)} does not name has {max(free, default=0):,} elements, and "
+                f"those below config.optimizer.float_below={o.float_below} stay in float32; lower it, or use "
+                f"{o.name.removesuffix('8bit')}"
+            )
+        return small.init(parameters)
+
+    small = blockwise(inner, chosen, **maps)
+    return small._replace(init=init)
+
+
 # A new optimizer is a function of the settings and a line here. Its `update` may take `rate`, the learning rate of
 # the step, by which the direction that it returns will be multiplied.
-DIRECTIONS: dict[str, Callable[[Optimizer], optax.GradientTransformation]] = {"adamw": adam}
+DIRECTIONS: dict[str, Callable[[Optimizer], optax.GradientTransformation]] = {
+    "adamw": adam,
+    "adamw8bit": lambda o: in_8_bits(o, adam(o), mu=SIGNED, nu=UNSIGNED),
+    "lion": lion,
+    "lion8bit": lambda o: in_8_bits(o, lion(o), mu=SIGNED),
+    "momentum": momentum,
+    "momentum8bit": lambda o: in_8_bits(o, momentum(o), trace=SIGNED),
+}
 
 
 def make_optimizer(o: Optimizer) -> optax.GradientTransformationExtraArgs:
@@ -35,6 +87,16 @@ def make_optimizer(o: Optimizer) -> optax.GradientTransformationExtraArgs:
     direction = DIRECTIONS[one_of(o.name, DIRECTIONS, "config.optimizer.name")](o)
     whole = optax.with_extra_args_support(optax.chain(optax.clip_by_global_norm(o.clip), direction))
     return keep_zeros(whole) if o.keep_zeros else whole
+
+
+@cache
+def state_bytes(m: Model, o: Optimizer) -> int:
+    """What the optimizer's state of a model takes, over all devices; AdamW's in float32 is 8 bytes a parameter."""
+
+    def state() -> PyTree:
+        return make_optimizer(o).init(split(o, init_parameters(m, jax.random.key(0)))[0])
+
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(state)))
 
 
 def split(o: Optimizer, parameters: PyTree) -> tuple[PyTree, PyTree]:

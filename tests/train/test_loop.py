@@ -56,8 +56,9 @@ def the_sums_are_the_wall_time(workdir, restarts: int, redone: int) -> None:
     [
         (TERNARY, 4),  # the data's first epoch ends in step 9, the peak falls in 7
         (("train.accumulate=2", "data.batch=16", "checkpoint.permanent_tokens=1500"), 6),
+        (("optimizer.name=adamw8bit", "optimizer.float_below=1024"), 4),
     ],
-    ids=["ternary", "accumulating"],
+    ids=["ternary", "accumulating", "8bit"],
 )
 def test_resuming_is_bit_equal(tmp_path, overrides, after):
     """As after a kill: the checkpoint of a middle step, and metrics that go beyond it."""

@@ -11,12 +11,15 @@ from spectra_jax.cli import STOPPED
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_is_bit_equal(tmp_path):
+@pytest.mark.parametrize(
+    "overrides", [(), ("optimizer.name=adamw8bit", "optimizer.float_below=1024")], ids=["adamw", "adamw8bit"]
+)
+def test_killed_and_resumed_is_bit_equal(tmp_path, overrides):
     """Compiled as users' runs are: a resumed run compiles again, and must get the same programs."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    left_alone = start(straight, quick=False)
-    start(killed, quick=False).stop(2 * EVERY + 5, signal.SIGKILL)
-    ((status, said),) = start(killed, quick=False).end()
+    left_alone = start(straight, *overrides, quick=False)
+    start(killed, *overrides, quick=False).stop(2 * EVERY + 5, signal.SIGKILL)
+    ((status, said),) = start(killed, *overrides, quick=False).end()
     assert status == 0, said
     assert "resuming after step " in said.splitlines()[0]
     ((status, said),) = left_alone.end()

@@ -15,6 +15,8 @@ from spectra_jax.metrics import read as read_metrics
 from spectra_jax.quantize.pipeline import quantize
 from spectra_jax.serve.load import load
 from spectra_jax.sharding import make_mesh
+from spectra_jax.train.blockwise_state import Blockwise, dequantize
+from spectra_jax.train.dynamic_map import SIGNED, UNSIGNED
 from spectra_jax.train.loop import train
 from spectra_jax.train.start import first_state
 from spectra_jax.train.step import init_state
@@ -92,8 +94,9 @@ def test_nothing_is_kept_of_what_is_not_trained():
         ("model.weight=lrqat:group=16,rank=4", "optimizer.only=w.a,w.b,w.scale", "optimizer.rates=w.scale=0.01"),
         ("model.weight=sparse", "optimizer.keep_zeros=True"),
         (*TERNARY, "optimizer.keep_zeros=True"),
+        ("model.weight=sparse", "optimizer.keep_zeros=True", "optimizer.name=adamw8bit", "optimizer.float_below=1024"),
     ],
-    ids=["dlt", "lrqat", "sparse", "sparse-ternary"],
+    ids=["dlt", "lrqat", "sparse", "sparse-ternary", "sparse-8bit"],
 )
 def test_it_trains_and_resumes_bit_for_bit(overrides, tmp_path):
     source = pruned() if "optimizer.keep_zeros=True" in overrides else trained()
@@ -117,6 +120,9 @@ def test_it_trains_and_resumes_bit_for_bit(overrides, tmp_path):
         assert 0.4 < mask.mean() < 0.6 and not w[~mask].any() and (w[mask] != 0).mean() > 0.99
         moments = [leaf for path, leaf in jax.tree.leaves_with_path(after["training"])
                    if "up" in jax.tree_util.keystr(path) and leaf.dtype != bool]
+        if "optimizer.name=adamw8bit" in overrides:  # of either moment the largest of each block, and codes
+            pairs = zip(map(jax.numpy.asarray, moments[::2]), map(jax.numpy.asarray, moments[1::2]), (SIGNED, UNSIGNED))
+            moments = [np.asarray(dequantize(Blockwise(codes, largest), kind)) for largest, codes, kind in pairs]
         assert len(moments) == 2 and all(moment[mask].any() and not moment[~mask].any() for moment in moments)
     if any("lrqat" in text for text in overrides):
         first = latents(source, 12)
