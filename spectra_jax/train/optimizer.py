@@ -13,7 +13,9 @@ from jaxtyping import Array, Float, PyTree
 
 from spectra_jax.errors import UserError, one_of
 from spectra_jax.schema import Optimizer, parse_rate
+from spectra_jax.train.final import Final
 from spectra_jax.train.sparsity import keep_zeros
+from spectra_jax.train.spiel import spiel
 
 
 def adam(o: Optimizer) -> optax.GradientTransformation:
@@ -22,8 +24,9 @@ def adam(o: Optimizer) -> optax.GradientTransformation:
 
 
 # A new optimizer is a function of the settings and a line here. Its `update` may take `rate`, the learning rate of
-# the step, by which the direction that it returns will be multiplied.
-DIRECTIONS: dict[str, Callable[[Optimizer], optax.GradientTransformation]] = {"adamw": adam}
+# the step, by which the direction that it returns will be multiplied; `decay`, the weight decay of the step; and
+# `steps`, how many there are in all. Instead of a direction it may return a parameter's new values (final.py).
+DIRECTIONS: dict[str, Callable[[Optimizer], optax.GradientTransformation]] = {"adamw": adam, "spiel": spiel}
 
 
 def make_optimizer(o: Optimizer) -> optax.GradientTransformationExtraArgs:
@@ -83,10 +86,15 @@ def apply_updates(
     parameters: PyTree, direction: PyTree, mask: PyTree, rate: Float[Array, ""], decay: Float[Array, ""],
     factors: PyTree | None = None,
 ) -> PyTree:
-    """p - rate * (direction + decay * p), decoupled weight decay (AdamW, arXiv 1711.05101, algorithm 2)."""
+    """p - rate * (direction + decay * p), decoupled weight decay (AdamW, arXiv 1711.05101, algorithm 2).
+
+    A `Final` in the place of a direction is the new parameter.
+    """
     factors = jax.tree.map(lambda _: 1.0, parameters) if factors is None else factors
 
-    def updated(p: Array, d: Array, decayed: bool, factor: float) -> Array:
+    def updated(p: Array, d: Array | Final, decayed: bool, factor: float) -> Array:
+        if isinstance(d, Final):
+            return d.value
         return p - (rate if factor == 1 else rate * factor) * (d + decay * p if decayed else d)
 
     return jax.tree.map(updated, parameters, direction, mask, factors)
