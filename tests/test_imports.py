@@ -71,6 +71,7 @@ ALLOWED = {
         "analysis.plots", "analysis.accelerators", "analysis.scaling_laws", "checkpoint", "data", "evaluate", "metrics",
         "record", "serve", "stored", "train", "train.workdir",
     },
+    "sparse_delta": STEP | {"serve", "stored", "made", "train.start", "train.workdir"},
     "verify": BASE | {"metrics", "record", "stored", "checkpoint"},
     "plan": STEP | {"callable", "stored"},
 }
