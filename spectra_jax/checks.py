@@ -125,7 +125,7 @@ def _check_spiel(config: Config) -> None:
         _require(
             s.density * smallest >= 1,
             f"config.optimizer.spiel.density={s.density} is not one weight of the smallest block matrix, which has "
-            f"{smallest}; use at least {1 / smallest:.2g}",
+            f"{smallest}; use {1.05 / smallest:.2g} or more",
         )
         _require(not o.rates, "config.optimizer.rates is not for spiel, which has one learning rate; leave it empty")
         _require(not o.keep_zeros, "config.optimizer.keep_zeros is not for spiel, which chooses its weights itself")

@@ -20,7 +20,7 @@ from spectra_jax import config as configs
 from spectra_jax.errors import UserError
 from spectra_jax.made import refuse_existing, write_made
 from spectra_jax.model.matrices import MATRICES
-from spectra_jax.model.parameters import block_matrices, with_matrices
+from spectra_jax.model.parameters import block_matrices, plain, with_matrices
 from spectra_jax.serve.load import Loaded, load
 from spectra_jax.stored import parse_checkpoint
 from spectra_jax.train.start import dense
@@ -137,7 +137,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, str], Entries]]:
 
 def _dense(source: Loaded) -> dict:
     with jax.set_mesh(source.mesh):
-        return dense(source.parameters)
+        return dense(plain(source.config.model, source.parameters))
 
 
 def _on_host(source: Loaded) -> dict:
