@@ -78,6 +78,7 @@ def check(config: Config) -> Config:
         parse_band(text)
     for text in o.rates:
         parse_rate(text)
+    _check_spiel(config)
     _check_distill(config.distill)
     _require(
         0 < config.prune.ratio < 1, f"config.prune.ratio={config.prune.ratio} is the share that goes: between 0 and 1"
@@ -109,6 +110,28 @@ def _check_mixer(m: Model) -> None:
         f"config.model.N={m.N}, K={m.K}, H={m.H}: the state of mlgru is as wide as the model and its heads are all "
         f"alike, so that N*H must be D={m.D} and K must be N; use N=K={heads} and H={m.D // heads}",
     )
+
+
+def _check_spiel(config: Config) -> None:
+    """What SpIEL's selection can work with."""
+    m, o, s = config.model, config.optimizer, config.optimizer.spiel
+    _require(0 < s.density <= 1, f"config.optimizer.spiel.density={s.density} is a share: above 0, at most 1")
+    _require(0 <= s.replaced <= 1, f"config.optimizer.spiel.replaced={s.replaced} is a share: between 0 and 1")
+    _require(
+        1 <= s.collect <= s.every - 2,
+        f"config.optimizer.spiel.collect={s.collect} must be at least 1 and at most every - 2 ({s.every - 2}): "
+        "a selection ends before the next begins",
+    )
+    _require(s.seed >= 0, f"config.optimizer.spiel.seed={s.seed} must not be negative")
+    if o.name == "spiel":
+        smallest = m.D * min(m.K * m.H, m.F)
+        _require(
+            s.density * smallest >= 1,
+            f"config.optimizer.spiel.density={s.density} is not one weight of the smallest block matrix, which has "
+            f"{smallest}; use {1.05 / smallest:.2g} or more",
+        )
+        _require(not o.rates, "config.optimizer.rates is not for spiel, which has one learning rate; leave it empty")
+        _require(not o.keep_zeros, "config.optimizer.keep_zeros is not for spiel, which chooses its weights itself")
 
 
 def _check_ranges(config: Config) -> None:

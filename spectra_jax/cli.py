@@ -153,9 +153,15 @@ def prune(args: argparse.Namespace) -> None:
 
 
 def delta(args: argparse.Namespace) -> None:
-    from spectra_jax import config
+    from spectra_jax import config, sparse_delta
     from spectra_jax.quantize.delta import compress
 
+    if (args.config is None) != args.sparse:
+        raise UserError("spectra delta takes --config=configs/delta.py[:PRESET], or --sparse for what SpIEL tuned")
+    if args.sparse:
+        make = sparse_delta.apply if os.path.isfile(args.finetuned) else sparse_delta.extract
+        print(make(args.base, args.finetuned, args.out))
+        return
     if others := [text for text in args.overrides if not text.startswith(("quantize.", "name="))]:
         raise UserError(f"--config.{others[0]}: model and data are the checkpoints'; config.quantize.* and config.name "
                         "are what can be set here")

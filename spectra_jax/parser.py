@@ -143,17 +143,24 @@ def _making_models(add: Callable) -> None:
     )
     delta = add(
         "delta", "Make a run of a base and a compressed delta to a fine-tuned model, or of two checkpoints of one run.",
-        "The presets are in configs/delta.py.\n\nExample:\n"
-        "  spectra delta runs/flt runs/flt-tuned --config=configs/delta.py --out=runs/flt-delta",
+        "The presets are in configs/delta.py. What SpIEL tuned (configs/spiel.py) is a file by itself, from which the\n"
+        "base makes the same run again, bit for bit.\n\nExamples:\n"
+        "  spectra delta runs/flt runs/flt-tuned --config=configs/delta.py --out=runs/flt-delta\n"
+        "  spectra delta runs/flt runs/flt-spiel --sparse --out=spiel.npz\n"
+        "  spectra delta runs/flt spiel.npz --sparse --out=runs/flt-spiel-again",
         True,
     )
     delta("base", metavar="BASE[@STEP]", help="the float run that is added to, by default its newest step")
-    delta("finetuned", metavar="FINETUNED[@STEP]", help="one of its shape and tokenizer, which the sum approaches")
+    delta("finetuned", metavar="FINETUNED[@STEP]", help="one of its shape and tokenizer, which the sum approaches; "
+          "with --sparse also a file that --sparse wrote")
+    delta("--sparse", action="store_true", help="8 bytes for each weight that differs, and nothing lost")
     for arg in (quantize, prune):
         arg("--checkpoint", required=True, metavar="WORKDIR[@STEP]", help="a float run, by default its newest step")
     for arg in (quantize, prune, delta):
-        arg("--config", required=True, metavar="FILE.py[:ARG]", help="config file and the argument of its get_config")
-        arg("--out", required=True, help="folder of the run to make; it must not exist")
+        arg("--config", required=arg is not delta, metavar="FILE.py[:ARG]",
+            help="config file and the argument of its get_config")
+        arg("--out", required=True, help="what to make, the folder of a run but for --sparse; it must not exist"
+            if arg is delta else "folder of the run to make; it must not exist")
 
 
 def _using_models(add: Callable) -> None:

@@ -87,6 +87,17 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Spiel:
+    """Which weights SpIEL tunes (train/spiel.py). The defaults are those of its published code, but for the seed."""
+
+    density: float = 0.01  # tuned weights of a block matrix, as a share of all
+    every: int = 20  # updates from one selection to the next
+    collect: int = 5  # updates after which the first selection ends; later ones collect one gradient more
+    replaced: float = 0.2  # the share that a selection replaces at first, falling to 0; the first of all replaces all
+    seed: int = 0  # of the random places that are tuned until the first selection; an assumption
+
+
+@dataclass(frozen=True)
 class Optimizer:
     """AdamW. Betas are the paper's (A.2); the rest is not stated there and holds the field's usual values."""
 
@@ -107,6 +118,7 @@ class Optimizer:
     float_states: tuple[str, ...] = ("embedding", "head")
     float_below: int = 4096
     only: tuple[str, ...] = ()  # only parameters whose path contains one of these are trained; empty: all
+    spiel: Spiel = field(default_factory=Spiel)  # read where name=spiel
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, PyTree
 
+from spectra_jax.checksum import dotted
 from spectra_jax.model.matrices import HEAD, MATRICES, Key, head_statistics, shape_of, shards_of, stacked_statistics
 from spectra_jax.model.transformer import Transformer, get_mixer
 from spectra_jax.schema import Model
@@ -50,6 +51,12 @@ def count(m: Model) -> Parameters:
 def block_matrices(parameters: dict) -> dict[Key, Latent | Form]:
     """The stacked matrices (L, in, out) of every kind, latent or frozen, also on the host, or their shapes."""
     return {(module, name): parameters["blocks"][module][name]["w"] for module, name in MATRICES}
+
+
+def is_block_matrix(path: tuple) -> bool:
+    """Whether a leaf of the parameters is a stack of block matrices, latent ones."""
+    name = dotted(path)
+    return name.startswith("blocks.") and name.endswith(".w")
 
 
 def plain(m: Model, parameters: dict) -> dict:

@@ -13,12 +13,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from spectra_jax.checksum import dotted
 from spectra_jax.errors import UserError, one_of
 from spectra_jax.model.parameters import init_parameters
 from spectra_jax.schema import Model, Optimizer, parse_rate
 from spectra_jax.train.blockwise_state import blockwise
 from spectra_jax.train.dynamic_map import SIGNED, UNSIGNED, DynamicMap
+from spectra_jax.train.final import Final
 from spectra_jax.train.sparsity import keep_zeros
+from spectra_jax.train.spiel import spiel
 
 
 def adam(o: Optimizer) -> optax.GradientTransformation:
@@ -67,7 +70,8 @@ def in_8_bits(o: Optimizer, inner: optax.GradientTransformation, **maps: Dynamic
 
 
 # A new optimizer is a function of the settings and a line here. Its `update` may take `rate`, the learning rate of
-# the step, by which the direction that it returns will be multiplied.
+# the step, by which the direction that it returns will be multiplied; `decay`, the weight decay of the step; and
+# `steps`, how many there are in all. Instead of a direction it may return a parameter's new values (final.py).
 DIRECTIONS: dict[str, Callable[[Optimizer], optax.GradientTransformation]] = {
     "adamw": adam,
     "adamw8bit": lambda o: in_8_bits(o, adam(o), mu=SIGNED, nu=UNSIGNED),
@@ -75,6 +79,7 @@ DIRECTIONS: dict[str, Callable[[Optimizer], optax.GradientTransformation]] = {
     "lion8bit": lambda o: in_8_bits(o, lion(o), mu=SIGNED),
     "momentum": momentum,
     "momentum8bit": lambda o: in_8_bits(o, momentum(o), trace=SIGNED),
+    "spiel": spiel,
 }
 
 
@@ -113,7 +118,7 @@ def split(o: Optimizer, parameters: PyTree) -> tuple[PyTree, PyTree]:
 
     kept = jax.tree_util.tree_map_with_path(trained, parameters)
     if not any(jax.tree.leaves(kept)):
-        names = sorted({_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(parameters)})
+        names = sorted({dotted(path) for path, _ in jax.tree_util.tree_leaves_with_path(parameters)})
         raise UserError(f"config.optimizer.only={','.join(o.only)} names no parameter; they are {', '.join(names)}")
     return (
         jax.tree.map(lambda leaf, keep: leaf if keep else None, parameters, kept),
@@ -145,18 +150,19 @@ def apply_updates(
     parameters: PyTree, direction: PyTree, mask: PyTree, rate: Float[Array, ""], decay: Float[Array, ""],
     factors: PyTree | None = None,
 ) -> PyTree:
-    """p - rate * (direction + decay * p), decoupled weight decay (AdamW, arXiv 1711.05101, algorithm 2)."""
+    """p - rate * (direction + decay * p), decoupled weight decay (AdamW, arXiv 1711.05101, algorithm 2).
+
+    A `Final` in the place of a direction is the new parameter.
+    """
     factors = jax.tree.map(lambda _: 1.0, parameters) if factors is None else factors
 
-    def updated(p: Array, d: Array, decayed: bool, factor: float) -> Array:
+    def updated(p: Array, d: Array | Final, decayed: bool, factor: float) -> Array:
+        if isinstance(d, Final):
+            return d.value
         return p - (rate if factor == 1 else rate * factor) * (d + decay * p if decayed else d)
 
     return jax.tree.map(updated, parameters, direction, mask, factors)
 
 
 def _named(path: tuple, parts: tuple[str, ...]) -> bool:
-    return any(part in _name(path) for part in parts)
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+    return any(part in dotted(path) for part in parts)

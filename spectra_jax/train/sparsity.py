@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from spectra_jax.errors import UserError
+from spectra_jax.model.parameters import is_block_matrix
 
 
 class MaskedState(NamedTuple):
@@ -29,7 +30,7 @@ def keep_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
     inner = optax.with_extra_args_support(inner)
 
     def init(parameters: PyTree) -> MaskedState:
-        mask = jax.tree_util.tree_map_with_path(lambda path, w: w != 0 if _is_matrix(path) else None, parameters)
+        mask = jax.tree_util.tree_map_with_path(lambda path, w: w != 0 if is_block_matrix(path) else None, parameters)
         return MaskedState(mask, inner.init(parameters))
 
     def update(gradient: PyTree, state: MaskedState, parameters: PyTree, **extra: Any) -> tuple[PyTree, MaskedState]:
@@ -53,8 +54,3 @@ def _masked(tree: PyTree, mask: PyTree) -> PyTree:
         return x if keep is None else jnp.where(keep, x, 0)
 
     return jax.tree.map(one, tree, mask)
-
-
-def _is_matrix(path: tuple) -> bool:
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
-    return name.startswith("blocks.") and name.endswith(".w")

@@ -62,7 +62,9 @@ def make_step(config: Config, rules: Rules = Rules()) -> Callable[[State, Array]
         norm = optax.tree.norm(gradient)
         rate = learning_rate(config.schedule, config.steps, state["step"])
         decay = weight_decay(config.schedule, config.optimizer.weight_decay, config.steps, state["step"])
-        direction, optimizer_state = optimizer.update(gradient, state["optimizer"], parameters, rate=rate)
+        direction, optimizer_state = optimizer.update(
+            gradient, state["optimizer"], parameters, rate=rate, decay=decay, steps=config.steps
+        )
         mask, factors = decay_mask(config.optimizer, parameters), rate_factors(config.optimizer, parameters)
         updated = {
             "parameters": apply_updates(parameters, direction, mask, rate, decay, factors),
