@@ -4,7 +4,8 @@ from dataclasses import fields, is_dataclass
 from math import gcd, isfinite
 
 from spectra_jax.errors import UserError, one_of
-from spectra_jax.schema import Config, Distill, Model, parse_band, parse_rate, parse_set
+from spectra_jax.schema import Config, Distill, Model
+from spectra_jax.values import parse_band, parse_rate, parse_set
 
 
 def _require(condition: bool, message: str) -> None:

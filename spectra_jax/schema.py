@@ -5,7 +5,7 @@ A value that the papers do not state has a comment that says so: it is an assump
 
 from dataclasses import dataclass, field
 
-from spectra_jax.errors import UserError
+from spectra_jax.values import parse_set
 
 
 @dataclass(frozen=True)
@@ -287,50 +287,3 @@ class Config:
     def mixture(self) -> tuple[tuple[str, float], ...]:
         """The prepared sets with their weights."""
         return tuple(parse_set(text) for text in self.data.sets)
-
-
-def parse_set(text: str) -> tuple[str, float]:
-    """PATH or PATH=WEIGHT.
-
-    Raises:
-      UserError: WEIGHT is no number.
-    """
-    path, equals, weight = text.rpartition("=")
-    if not equals:
-        return text, 1.0
-    try:
-        return path, float(weight)
-    except ValueError:
-        raise UserError(
-            f"config.data.sets: {text!r} is not PATH or PATH=WEIGHT; {weight!r} is not a number"
-        ) from None
-
-
-def parse_band(text: str) -> tuple[int, int | None]:
-    """BITS:COUNT; the count is None for "rest".
-
-    Raises:
-      UserError: it is not of this form, or codes of so many bits are not stored.
-    """
-    bits, _, count = text.partition(":")
-    if bits.isdecimal() and int(bits) in (*range(2, 9), 16) and (count == "rest" or count.isdecimal() and int(count)):
-        return int(bits), None if count == "rest" else int(count)
-    raise UserError(
-        f"config.quantize.bands: {text!r} is not BITS:COUNT with 2 to 8 or 16 bits and a count of at least 1, or "
-        '"rest" for all that is left'
-    )
-
-
-def parse_rate(text: str) -> tuple[str, float]:
-    """PART=FACTOR.
-
-    Raises:
-      UserError: it is not of this form.
-    """
-    part, _, factor = text.rpartition("=")
-    try:
-        if part and 0 <= float(factor) < float("inf"):
-            return part, float(factor)
-    except ValueError:
-        pass
-    raise UserError(f"config.optimizer.rates: {text!r} is not PART=FACTOR with a factor of at least 0")

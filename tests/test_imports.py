@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # Layer -> the layers that it may import beside itself. A layer is a module or a package of
 # spectra_jax; a file belongs to the longest name here that its own begins with, so `train` is what
 # of that package has no row of its own.
-BASE = {"errors", "schema", "checks", "suite", "config", "hardware", "progress"}
+BASE = {"errors", "values", "schema", "checks", "suite", "config", "hardware", "progress"}
 MODEL = BASE | {"sharding", "weights", "model"}
 STEP = MODEL | {"train", "train.loss"}
 RUN = STEP | {
@@ -23,12 +23,14 @@ ALLOWED = {
     "callable": set(),
     "hardware": {"errors"},
     "progress": {"errors"},
-    "parser": {"errors"},
+    "arguments": set(),
+    "parser": {"errors", "arguments"},
     "metrics": {"errors"},
     "timer": set(),
-    "schema": {"errors"},
+    "values": {"errors"},
+    "schema": {"values"},
     "suite": {"errors"},
-    "checks": {"errors", "schema"},
+    "checks": {"errors", "schema", "values"},
     "config": {"errors", "schema", "checks", "suite"},
     "sharding": {"errors", "schema"},
     "weights": {"errors", "schema", "sharding"},

@@ -32,9 +32,10 @@ from spectra_jax.quantize.grids import GRIDS
 from spectra_jax.quantize.hessian import HIGHEST
 from spectra_jax.quantize.methods import Method
 from spectra_jax.quantize.pipeline import STAGES, apart, load_float, make_run, solved_matrix
-from spectra_jax.schema import Config, Quantize, parse_band
+from spectra_jax.schema import Config, Quantize
 from spectra_jax.serve.load import Loaded
 from spectra_jax.sharding import gathered, in_mesh
+from spectra_jax.values import parse_band
 from spectra_jax.weights.delta import Delta, LowRank, dense
 from spectra_jax.weights.form import FLOAT_BITS, Form
 from spectra_jax.weights.frozen import Frozen

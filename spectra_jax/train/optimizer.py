@@ -16,12 +16,13 @@ from jaxtyping import Array, Float, PyTree
 from spectra_jax.checksum import dotted
 from spectra_jax.errors import UserError, one_of
 from spectra_jax.model.parameters import init_parameters
-from spectra_jax.schema import Model, Optimizer, parse_rate
+from spectra_jax.schema import Model, Optimizer
 from spectra_jax.train.blockwise_state import blockwise
 from spectra_jax.train.dynamic_map import SIGNED, UNSIGNED, DynamicMap
 from spectra_jax.train.final import Final
 from spectra_jax.train.sparsity import keep_zeros
 from spectra_jax.train.spiel import spiel
+from spectra_jax.values import parse_rate
 
 
 def adam(o: Optimizer) -> optax.GradientTransformation:
