@@ -5,6 +5,9 @@ Text:     runs/mini-data, as configs/sweeps/mini_suite.py says
 Then:     spectra prune --checkpoint=runs/rivals/floatlm-529k --config=configs/pruned.py --out=runs/rivals/pruned-529k
           spectra train --config=configs/finetune.py:runs/rivals/pruned-529k --workdir=runs/rivals/pruned-tuned-529k \\
               --config.train.tokens=1310720 --config.data.batch=8 --config.schedule.peak=1e-3
+          spectra delta runs/rivals/floatlm-529k runs/rivals/float-tuned-529k --config=configs/delta.py \\
+              --config.quantize.group=32 --out=runs/rivals/delta-come-529k; the same of :bit-delta
+Cost:     python benchmarks/rivals.py
 Table:    spectra compare runs/rivals/floatlm-529k runs/rivals/[!f]*/
 Chips:    two CPU cores: about an hour
 Loss:     in results/rivals
@@ -32,6 +35,8 @@ LRQAT = {"model": {"weight": "lrqat:bits=3,group=32,rank=8"},
          "optimizer": {"only": ("w.a", "w.b", "w.scale"), "rates": ("w.scale=0.01",), "weight_decay": 0.0}}
 QAT = {"model": {"weight": "lrqat:bits=3,group=32,rank=0"},
        "optimizer": {"only": ("w.master", "w.scale"), "rates": ("w.scale=0.01",), "weight_decay": 0.0}}
+SPIEL = {"optimizer": {"name": "spiel", "only": ("attention.", "mlp."), "b2": 0.999, "eps": 1e-6, "clip": 1e9,
+                       "weight_decay": 0.0}}
 MATMULFREE = {"model": {"mixer": "mlgru", "weight": "bitlinear", "quantized_head": True, "share_glu_scale": True},
               "optimizer": {"no_decay": ("norm", "gain", "lower_bound")}}
 
@@ -57,11 +62,13 @@ def get_sweep():
         ("float-tuned", like("floatlm", "FloatLM", TUNED, {"train": {"start": FLOAT}})),
         ("ternaryllm", like("trilm", "TernaryLLM", DLT)),
         ("ternaryllm-taught", like("trilm", "TernaryLLM", DLT, TAUGHT)),
+        ("trilm-adamw8bit", like("trilm", "TriLM", {"optimizer": {"name": "adamw8bit"}})),
         ("trilm-begun", like("trilm", "TriLM", {"train": {"start": FLOAT}})),
         ("trilm-taught", like("trilm", "TriLM", TAUGHT)),
         ("matmulfree", like("bitnet", "MatMul-free", MATMULFREE)),
         ("lrqat", like("floatlm", "LR-QAT", TUNED, LRQAT, {"train": {"start": FLOAT}})),
         ("qat", like("floatlm", "QAT", TUNED, QAT, {"train": {"start": FLOAT}})),
+        ("spiel", like("floatlm", "SpIEL", TUNED, SPIEL, {"train": {"start": FLOAT}})),
         ("sparsegpt", like("quantlm-4bit", "SparseLM", pruned), "floatlm-529k"),
         ("sparse-tuned", like("floatlm", "SparseLM", TUNED, sparse("sparse"))),
         ("sparse-trilm", like("trilm", "SparseLM", sparse("ternary"))),
