@@ -22,7 +22,7 @@ from pathlib import Path
 from spectra_jax import config
 
 SUITE, FLOAT = Path(__file__).with_name("mini_suite.py"), "runs/rivals/floatlm-529k"
-SPARSE = "runs/rivals/sparsegpt-529k"
+SPARSE, SEEDS = "runs/rivals/sparsegpt-529k", (1, 2)  # beside 0, of the two that start alike
 TUNED = {  # a finished model on a quarter of the tokens
     "train": {"tokens": 5_242_880 // 4}, "schedule": {"peak": 1e-3, "shape": "cosine", "lower_peak": False},
     "checkpoint": {"every_steps": 640}, "evaluate": {"every_steps": 160}, "metrics": {"weights_every_steps": 40},
@@ -72,4 +72,7 @@ def get_sweep():
         ("sparsegpt", like("quantlm-4bit", "SparseLM", pruned), "floatlm-529k"),
         ("sparse-tuned", like("floatlm", "SparseLM", TUNED, sparse("sparse"))),
         ("sparse-trilm", like("trilm", "SparseLM", sparse("ternary"))),
-    )]
+    )] + [
+        (f"{name}-529k-seed{seed}", like("trilm", family, *change, {"seed": seed}))
+        for seed in SEEDS for name, family, change in (("trilm", "TriLM", ()), ("ternaryllm", "TernaryLLM", (DLT,)))
+    ]
