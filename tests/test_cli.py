@@ -26,7 +26,18 @@ COMMANDS = {
     "quickstart": ["runs/quickstart", "on a CPU"],
     "checkpoints": ["WORKDIR", "checksums hold"],
     "verify": ["WORKDIR", "each array"],
+    "quantize": ["--checkpoint", "configs/quantlm.py", "last finished layer"],
+    "pack": ["--checkpoint", "--out"],
+    "compare": ["WORKDIR[@STEP]", "--out", "--sets"],
+    "harness": ["--tasks", "--beside", "--include"],
+    "plan": ["--topology", "--compile", "--search"],
+    "analyze": ["scaling", "deployment", "axes", "--alignment"],
+    "report": ["--out", "HTML"],
 }
+
+
+def test_all_commands_are_here():
+    assert set(COMMANDS) == set(cli.COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -86,7 +86,7 @@ ALLOWED = {
 # Modules that exist for `python -m spectra_jax.COMMAND`: they hand over to the command line.
 ENTRIES = {
     "checkpoints", "prepare", "import", "export", "plot", "generate", "harness", "train.__main__", "evaluate.__main__",
-    "quantize.__main__", "prune.__main__", "delta",
+    "quantize.__main__", "prune.__main__", "plan.__main__", "delta", "pack",
 }
 ALLOWED |= dict.fromkeys(ENTRIES, {"cli", "callable"})
 # The command line, and commands that compose all the rest.
