@@ -3,8 +3,8 @@
 Command:  spectra delta runs/base runs/finetuned --config=configs/delta.py --out=runs/finetuned-delta
 Presets:  delta-come, and its baselines at as many bits, low-rank and bit-delta: configs/delta.py:low-rank
 Chips:    one is enough, as for configs/quantlm.py; the singular vectors are the host's work
-Loss:     not measured; the paper's averages over its benchmarks: fine-tuned 53.5, Delta-CoMe 53.2,
-          BitDelta 49.3, low rank 47.8
+Loss:     at 529k from 3.145 to a tuned 3.129: delta-come 3.140, bit-delta 3.134 (results/rivals); the paper's averages
+          over its benchmarks: fine-tuned 53.5, Delta-CoMe 53.2, BitDelta 49.3, low rank 47.8
 Answers:  the 1/16 rows of Delta-CoMe's table (arXiv 2406.08903): about 1 bit per weight of a delta beside its base
 """
 

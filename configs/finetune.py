@@ -4,7 +4,7 @@ Command:  spectra train --config=configs/finetune.py:runs/cut --workdir=runs/cut
 Argument: the run, or RUN@STEP, whose shape and data it takes over; other text of its tokenizer by
           --config.data.sets=FOLDER
 Chips:    as for training it; hours in proportion to tokens
-Loss:     not measured
+Loss:     a FloatLM of 529k with a quarter of its MLP pruned: 3.49 before, 3.17 after, 3.15 whole (results/rivals)
 Answers:  the recovery stage of LLM-Pruner (arXiv 2305.11627, section 3.3) by its learning rate and batch, but of all
           parameters and on plain text; the paper trains LoRA of rank 8 for two epochs of Alpaca
 """

@@ -4,7 +4,7 @@ Command:  spectra train --config=configs/sparse.py:runs/pruned --workdir=runs/sp
 Argument: a run pruned by `spectra quantize --config=configs/quantlm.py:sparsegpt-50` (or sparsegpt-2of4, magnitude-50)
 Ternary:  --config.model.weight=ternary trains a sparse TriLM with the same map
 Chips:    as dense training of the same shape: zeros are multiplied all the same
-Loss:     not measured
+Loss:     at 529k, 50 %, 3.31 pruned and 3.16 trained on, float 3.15; a sparse TriLM 3.25 (results/rivals)
 Answers:  Sparse Llama (arXiv 2405.03594): 50 % by SparseGPT, then 45 to 50B tokens; then 70 %, and 100B more
 """
 

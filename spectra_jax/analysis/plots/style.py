@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ FAMILIES = {
     "QuantLM": ("#E69F00", "v"),
 }
 OTHER = ("#555555", "X")
+OTHERS = "XP*hp<>d8H"  # markers of families that have no colour of their own, in the order of their appearance
 # Where all runs are of one family its one colour would not tell them apart; these do.
 RUNS = tuple(FAMILIES.values())
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
@@ -65,9 +67,10 @@ def family_of(name: str) -> str:
 def looks(families: Mapping[str, str]) -> list[dict[str, Any]]:
     """How to draw each label: in its family's colour and marker, or its own if all are of one."""
     single = len(families) > 1 and len(set(families.values())) == 1
-    looks, used = [], Counter()
+    looks, used, others = [], Counter(), cycle(OTHERS)
     for i, family in enumerate(families.values()):
-        color, marker = RUNS[i % len(RUNS)] if single else FAMILIES.get(family, OTHER)
+        known = RUNS[i % len(RUNS)] if single else FAMILIES.get(family)
+        color, marker = known or (OTHER[0], next(others))
         dash = DASHES[used[color] % len(DASHES)]
         looks.append({"color": color, "marker": marker, "linestyle": dash})
         used[color] += 1
