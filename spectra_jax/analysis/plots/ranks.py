@@ -5,10 +5,11 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from spectra_jax.analysis.plots.style import FAMILIES, OTHER, WIDTH, family_of, panels, save
+from spectra_jax.analysis.plots.style import WIDTH, family_of, legend, looks, panels, save
 from spectra_jax.errors import UserError
 
 PANELS = 6  # tasks that one figure has room for
+NAMED = 6  # models whose names a panel has room for
 
 
 def against_text(values: pd.DataFrame, correlations: pd.DataFrame, path: Path | str | None = None) -> Figure:
@@ -25,20 +26,24 @@ def against_text(values: pd.DataFrame, correlations: pd.DataFrame, path: Path | 
     text = correlations["text"].iloc[0]
     drawn = correlations[correlations["text"] == text].drop_duplicates(["axis", "of"])[:PANELS]
     quality = values[(values["of"] == text) & (values["metric"] == "bits_per_byte")]
+    families = {family: family_of(family) for family in quality["family"]}
+    look = {family: {**one, "linestyle": "none"} for family, one in zip(families, looks(families), strict=True)}
     columns = min(len(drawn), 2)
     rows = -(-len(drawn) // columns)
-    with panels(rows, columns, width=WIDTH * columns, height=2.2 * rows) as (figure, grid):
+    with panels(rows, columns, width=WIDTH * columns, height=2.2 * rows + 0.1 * len(families)) as (figure, grid):
         flat = list(grid.flat) if len(drawn) > 1 else [grid]
         for axes, task in zip(flat, drawn.itertuples()):
             of = values[(values["axis"] == task.axis) & (values["of"] == task.of) & (values["metric"] == task.metric)]
-            for point in quality.merge(of, on=["run", "family"], suffixes=("", "_of")).itertuples():
-                color, marker = FAMILIES.get(family_of(point.family), OTHER)
-                axes.errorbar(point.value, point.value_of, xerr=point.error, yerr=point.error_of, color=color,
-                              marker=marker, elinewidth=0.7)
+            points = quality.merge(of, on=["run", "family"], suffixes=("", "_of"))
+            for family, some in points.groupby("family", sort=False):
+                axes.errorbar(some["value"], some["value_of"], xerr=some["error"], yerr=some["error_of"],
+                              elinewidth=0.5, label=family, **look[family])
+            for point in points.itertuples() if len(points) <= NAMED else ():
                 axes.annotate(point.run, (point.value, point.value_of), xytext=(3, 3), fontsize=5.5,
                               textcoords="offset points")
             found = task.note or f"rho {task.spearman:.2f}, tau {task.kendall:.2f}"
             axes.set(title=f"{task.of}: {found}", xlabel=f"bits per byte of {text}", ylabel=task.metric)
         for axes in flat[len(drawn) :]:
             axes.set_visible(False)
+        legend(figure, flat[0], inside=0)
         return save(figure, path)
