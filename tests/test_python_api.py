@@ -27,7 +27,7 @@ def test_packages_are_functions_and_packages():
     assert inspect.ismodule(spectra_jax.train) and spectra_jax.train.loop.train is not spectra_jax.train
     with pytest.raises(AttributeError, match="has no attribute 'tarin'; it has load, analysis, evaluate, plan"):
         spectra_jax.tarin  # noqa: B018
-    with pytest.raises(AttributeError, match="has no attribute 'plot'; it has accelerators, comparison"):
+    with pytest.raises(AttributeError, match="has no attribute 'plot'; it has accelerators, axes, comparison"):
         spectra_jax.analysis.plot  # noqa: B018
 
 
