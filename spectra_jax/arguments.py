@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def making_models(add: Callable) -> None:
-    """train, sweep, quickstart, prepare, import, quantize, prune, delta."""
+    """train, sweep, quickstart, prepare, import."""
     overrides = (
         "Any value of the config is changed by --config.SECTION.KEY=VALUE, for example --config.train.steps=100\n"
         "--config.data.batch=64 --config.mesh.model=2; a wrong key is answered with the nearest known one.\n"
@@ -60,6 +60,9 @@ def making_models(add: Callable) -> None:
     arg("--scale-shards", type=int, default=1, help="scales per quantized matrix (default %(default)s)")
     arg("--tokenizer", default=None, metavar="FILE", help="a tokenizer.json in place of the model's own")
 
+
+def changing_models(add: Callable) -> None:
+    """quantize, prune, delta."""
     quantize = add(
         "quantize", "Make a quantized run of a float one: evaluate, generate and export take it.",
         "The presets are in configs/quantlm.py. Killed? The same command goes on after the last finished layer.\n\n"

@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
-from spectra_jax.arguments import analysing, looking_at_runs, making_models, using_models
+from spectra_jax.arguments import analysing, changing_models, looking_at_runs, making_models, using_models
 from spectra_jax.errors import UserError
 
 CONFIG_PREFIX = "--config."
@@ -69,6 +69,6 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         parser.set_defaults(takes_config=takes_config)
         return parser.add_argument
 
-    for declare in (making_models, using_models, looking_at_runs, analysing):
+    for declare in (making_models, changing_models, using_models, looking_at_runs, analysing):
         declare(add)
     return top, commands.choices
