@@ -13,11 +13,11 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import numpy as np
+from compilation import QUICK
 from orbax.checkpoint import v1 as ocp
 
 from spectra_jax import config as configs
@@ -163,17 +163,10 @@ def arguments(overrides: Sequence[str]) -> list[str]:
     return [f"--config.{text}" for text in overrides]
 
 
-def quick_compilation() -> str:
-    """XLA_FLAGS for programs that are compiled fast and run slowly: an eighth of the time for one training step."""
-    flags = "--xla_backend_optimization_level=0"
-    # The flag is gone from later versions, and XLA ends the process over one that it does not know.
-    return flags + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib") < "0.11" else "")
-
-
 def environment(*, quick: bool = True) -> dict[str, str]:
     """For a process of its own with one CPU device; `quick` compiles fast and shares programs with its sisters."""
     settings = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
-    settings["XLA_FLAGS"] = quick_compilation() if quick else ""
+    settings["XLA_FLAGS"] = QUICK if quick else ""
     if quick:
         settings["JAX_COMPILATION_CACHE_DIR"] = str(SCRATCH / "compiled")
         settings["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

@@ -23,6 +23,7 @@ def test_it_runs(path, tmp_path, monkeypatch):
     if path.stem == "quantize_a_real_model" and "SPECTRA_OFFLINE" in os.environ:
         pytest.skip("SPECTRA_OFFLINE is set, and this downloads 93 MB once")
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    monkeypatch.setenv("XLA_FLAGS", "")  # as its reader runs it
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         cell.pop("outputs", None) if cell.cell_type != "code" else cell.update(outputs=[], execution_count=None)

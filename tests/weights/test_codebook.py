@@ -101,7 +101,7 @@ def test_on_a_mesh_as_on_one_device(spec):
         with jax.set_mesh(mesh):
             found = expanded(jax.tree.map(lambda x: put(x, spec if x.shape == one.codes.shape else P()), one))
         assert jax.typeof(found).sharding.spec == spec
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_allclose(found, expected, rtol=2e-7)  # a bit: product and sum are fused, or not
     with jax.set_mesh(mesh):
         found = jax.jit(nearest_codes)(put(dense, spec), put(book.table, P()))
         spread = in_bytes(put(np.tile(book.scales, (2, 1)), spec), put(EVEN, P()))
