@@ -18,7 +18,7 @@ from absl import flags  # noqa: E402
 from compilation import QUICK  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-# Most of a test is compilation. XLA_FLAGS="" in front of pytest tests what XLA optimizes.
+# Most of a test is compilation. XLA_FLAGS= in front of pytest tests what XLA optimizes, as it does for users.
 os.environ.setdefault("XLA_FLAGS", QUICK)
 
 jax.config.update("jax_num_cpu_devices", 8)

@@ -17,5 +17,5 @@ def test_memory_of_a_restore():
     done = subprocess.run(command, env=environment(quick=False), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    # Arrays on their way (more of them where cores are shared), the storage layer's cache of 100 MB, libraries.
+    # Arrays on their way, the storage layer's cache of 100 MB, libraries: 1.38 seen alone, 1.54 beside other work.
     assert 1 <= found["peak / state"] < 1 + found["largest array / state"] + 450 / found["mib"]
